@@ -1,0 +1,43 @@
+"""Make a data set of your own text: one UTF-8 file, or a folder of them.
+
+    python data/prepare_text.py --input=book.txt --out=data/book --tokenizer=char
+    python data/prepare_text.py --input=my_notes --out=data/notes --tokenizer=gpt2 --val_fraction=0.05
+    python train_jax.py --dataset=book
+
+Of a folder every file is read, in sorted order, hidden ones left out; for gpt2 an <|endoftext|> comes between them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from prepare_tools import DataError, OneLineParser, read_text, run, split_text, val_fraction, write_text
+
+
+def read_input(path: Path, separator: str) -> str:
+    """The text of a file, or of every file in a folder with separator between."""
+    if not path.exists():
+        raise DataError(f"--input={path}: no such file or folder")
+    if path.is_file():
+        return read_text(path)
+    inside = sorted((file.relative_to(path) for file in path.rglob("*") if file.is_file()), key=Path.as_posix)
+    files = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    print(f"files: {len(files):,}")
+    return separator.join(read_text(file) for file in files)
+
+
+def main() -> None:
+    parser = OneLineParser(description="Make train.bin, val.bin and meta.json of your own text.")
+    parser.add_argument("--input", type=Path, required=True, help="a UTF-8 text file, or a folder of them")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, such as data/mine")
+    parser.add_argument("--tokenizer", choices=["char", "gpt2", "bytes"], default="char", help="what a token is")
+    parser.add_argument("--val_fraction", type=val_fraction, default=0.1, help="the share at the end for validation")
+    options = parser.parse_args()
+    text = read_input(options.input, "<|endoftext|>" if options.tokenizer == "gpt2" else "\n")
+    if not text:
+        raise DataError(f"--input={options.input} holds no text")
+    write_text(options.out, options.tokenizer, *split_text(text, options.val_fraction))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,298 @@
+"""Checkpoints: save in the background, seal with a manifest, find the newest good one, restore. The only orbax user.
+
+    out_dir/checkpoints/<step>/{params,opt_state,meta}    the newest few; state `step` is the state after `step` updates
+    out_dir/best/<step>/{params,meta}                     the one with the lowest validation loss
+    .../<step>/MANIFEST.json                              size and sha256 of every other file; written last
+
+A step without a manifest that verifies does not exist: orbax itself restores a flipped bit without a word. Finding,
+verifying and reading `meta` need neither orbax nor jax, so that a bad command line is refused before they are imported.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1  # of the folder layout and of `meta`; a change of either raises it and migrates
+MANIFEST = "MANIFEST.json"
+
+
+class CheckpointError(Exception):
+    """There is no checkpoint to use, or it does not fit. One line, for the person at the terminal."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written: the machine failed, not the user."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# manifests
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())  # orbax does not: without it a manifest could outlive the bytes it vouches for
+    return digest
+
+
+def _checksum(files: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(step_dir: Path) -> None:
+    """Vouch for every file of a finished step. From the rename on, the step exists."""
+    paths = sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {p.relative_to(step_dir).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+    temporary = step_dir / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump({"files": files, "checksum": _checksum(files)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(step_dir / MANIFEST)
+    _fsync_dir(step_dir)
+    _fsync_dir(step_dir.parent)
+
+
+def find_fault(step_dir: Path) -> str | None:
+    """What is wrong with a step, or None: every byte of every file is as it was sealed."""
+    try:
+        manifest = json.loads((step_dir / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if manifest["checksum"] != _checksum(files):
+            return f"{MANIFEST} is damaged"
+        for name, expected in files.items():
+            path = step_dir / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} is damaged (its sha256 differs)"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so its save never finished"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    except (ValueError, KeyError, TypeError):  # not JSON, or JSON of another form
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# finding a step
+
+
+def _steps(root: Path) -> list[int]:
+    """The step folders under `root`, newest first, sealed or not."""
+    if not root.is_dir():
+        return []
+    return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
+
+
+def _newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest step that verifies, and a line for each newer one that does not."""
+    skipped: list[str] = []
+    for step in _steps(root):
+        fault = find_fault(root / str(step))
+        if fault is None:
+            return root / str(step), skipped
+        skipped.append(f"checkpoint {root / str(step)} skipped: {fault}")
+    return None, skipped
+
+
+def holds_run(out_dir: Path) -> bool:
+    """Whether there is a checkpoint that verifies."""
+    return _newest_good(out_dir / "checkpoints")[0] is not None
+
+
+def find(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
+    """The folder of the checkpoint asked for, and a line for each newer one that had to be skipped.
+
+    which: 'latest' (the newest in checkpoints/ that verifies), 'best', or a step number, which is never replaced by
+    another. Raises CheckpointError if there is none.
+    """
+    out_dir = Path(out_dir)
+    if which in ("latest", "best"):
+        root = out_dir / {"latest": "checkpoints", "best": "best"}[which]
+        step_dir, skipped = _newest_good(root)
+        if step_dir is None:
+            reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
+            raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
+        return step_dir, skipped
+    if not which.isdecimal():
+        raise CheckpointError(f"checkpoint={which!r} must be latest, best or a step number")
+    candidates = [out_dir / root / str(int(which)) for root in ("checkpoints", "best")]
+    step_dir = next((path for path in candidates if path.is_dir()), None)
+    if step_dir is None:
+        there = ", ".join(map(str, sorted({s for c in candidates for s in _steps(c.parent)}))) or "none"
+        raise CheckpointError(f"no checkpoint of step {which} in {out_dir}; there are: {there}")
+    if fault := find_fault(step_dir):
+        raise CheckpointError(f"checkpoint {step_dir} does not verify: {fault}")
+    return step_dir, []
+
+
+def read_meta(step_dir: Path) -> dict[str, Any]:
+    """What was saved beside the arrays: step, config, codec, best_val_loss, wandb run id, schema version."""
+    path = step_dir / "meta" / "metadata"  # where orbax's JSON handler puts it
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if meta.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} has schema {meta.get('schema')}; this version reads {SCHEMA}")
+    if str(meta["step"]) != step_dir.name:
+        raise CheckpointError(f"{path} is of step {meta['step']}, but its folder is {step_dir.name}")
+    return meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# restoring
+
+
+def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of a step. items: name ('params', 'opt_state') -> tree of ShapeDtypeStruct with the shardings wanted.
+
+    Restores straight into the shardings, on whatever devices. Raises CheckpointError if names, shapes or dtypes differ:
+    orbax alone would cast silently.
+    """
+    import orbax.checkpoint as ocp
+
+    # Every item is named, also those not asked for: orbax warns about items it has no handler for.
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(),
+        opt_state=ocp.StandardCheckpointHandler(),
+        meta=ocp.JsonCheckpointHandler(),
+    )
+    path = step_dir.resolve()  # orbax refuses a relative path
+    with ocp.Checkpointer(handler) as checkpointer:
+        on_disk = checkpointer.metadata(path).item_metadata
+        for name, wanted in items.items():
+            _check_leaves(path / name, on_disk[name].tree, wanted)
+        args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in items}
+
+
+def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
+    import jax
+
+    def described(tree: Any) -> dict[str, str]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(key, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for key, x in leaves}
+
+    saved, expected = described(on_disk), described(wanted)
+    faults = [f"{name}: {saved.get(name, 'missing')}, expected {shape}" for name, shape in expected.items()]
+    faults = [fault for fault, name in zip(faults, expected, strict=True) if saved.get(name) != expected[name]]
+    faults += [f"{name}: unexpected" for name in saved if name not in expected]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(faults[:5])}{more}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# saving
+
+
+class Saver:
+    """Saves in the background, one at a time. An error of a save comes out of the next call of any method."""
+
+    def __init__(self, out_dir: Path, keep: int):
+        import orbax.checkpoint as ocp
+
+        self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
+        self.keep = keep
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self._sealing: Future | None = None
+        for root in (self.root, self.best):
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob("*.orbax-checkpoint-tmp*"):  # a kill in the middle of a save
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool) -> None:
+        """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step."""
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            meta=ocp.args.JsonSave({"schema": SCHEMA, "step": step, **meta}),
+        )
+        try:
+            self._orbax.save(self.root / str(step), args=args, force=True)
+        except Exception as error:  # orbax has no common base class for its errors
+            raise SaveError(f"checkpoint {self.root / str(step)} could not be written: {error}") from error
+        self._sealing = self._sealer.submit(self._seal, step, is_best)
+
+    def copy_to_best(self, step: int) -> None:
+        """Make best/ a copy of a step saved before."""
+        self.wait()
+        self._sealing = self._sealer.submit(self._copy_to_best, self.root / str(step))
+
+    def _seal(self, step: int, is_best: bool) -> None:
+        self._orbax.wait_until_finished()
+        step_dir = self.root / str(step)
+        write_manifest(step_dir)
+        if is_best:
+            self._copy_to_best(step_dir)
+        sealed = [s for s in _steps(self.root) if (self.root / str(s) / MANIFEST).exists()]
+        for old in sealed[self.keep :]:
+            _remove_step(self.root / str(old))
+
+    def _copy_to_best(self, step_dir: Path) -> None:
+        """A second copy on disk rather than a link: what damages one leaves the other."""
+        target, temporary = self.best / step_dir.name, self.best / f"{step_dir.name}.orbax-checkpoint-tmp"
+        if target.exists():
+            _remove_step(target)
+        shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
+        temporary.rename(target)
+        write_manifest(target)
+        for old in _steps(self.best):
+            if old != int(step_dir.name):
+                _remove_step(self.best / str(old))
+
+    def wait(self) -> None:
+        """Until the save under way is sealed. Raises SaveError if it failed."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None and (error := sealing.exception()) is not None:
+            raise SaveError(f"a checkpoint could not be written to {self.root}: {error}") from error
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed meanwhile; never waits."""
+        if self._sealing is not None and self._sealing.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Finish the save under way and stop the threads."""
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            self._orbax.close()
+
+
+def _remove_step(step_dir: Path) -> None:
+    (step_dir / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed step does not exist
+    shutil.rmtree(step_dir)
+
+
+def remove_run(out_dir: Path) -> None:
+    """Remove the four things that make a run, and nothing else."""
+    for name in ("config.json", "metrics.jsonl"):
+        (out_dir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "best"):
+        if (out_dir / name).exists():
+            shutil.rmtree(out_dir / name)

@@ -1,0 +1,425 @@
+"""Token files, batches and text codecs. Only numpy: preparing data never waits for JAX.
+
+A data set is a folder with train.bin and val.bin (nanoGPT's headerless token ids, little-endian) and a
+meta.json that says how the ids were made. A batch is a pure function of (data, split, step, seed): there
+is no loader state to save, so a resumed run sees exactly the batches it would have seen.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from reprlib import repr as short_repr
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+STREAMS = {"train": 0, "val": 1, "train_eval": 2}  # one family of random numbers each, so none shifts another
+EPOCH_STREAM = 16  # added to the stream of a split where its blocks are shuffled instead of drawn
+FULL_SCAN_TOKENS = 2**28  # up to here every token is checked at start; a larger file is checked in windows
+SCAN_WINDOW = 2**22
+
+GPT2_VOCAB_SIZE = 50257
+Batch = TypeVar("Batch")
+
+
+class DataError(ValueError):
+    """Bad or missing data. One line: what is wrong, in which file, and what to do."""
+
+
+# ---- finding and checking a data set ------------------------------------------------------------------------
+
+
+def find_data_dir(dataset: str | Path) -> Path:
+    """The folder of a data set: data/<dataset> here or beside this file, or any folder given by its path."""
+    roots = [Path("data"), Path(__file__).resolve().parent / "data"]
+    folders = [root / dataset for root in roots] + [Path(dataset)]
+    for folder in folders:
+        if (folder / "train.bin").is_file():
+            return folder
+    for folder in folders:
+        if (folder / "prepare.py").is_file() or (folder / "val.bin").is_file():
+            raise DataError(f"{folder / 'train.bin'} is missing: run `{_command_to_prepare(folder)}`")
+    there = sorted({path.parent.name for root in roots for path in root.glob("*/train.bin")})
+    raise DataError(
+        f"no data set {str(dataset)!r}: run `{_command_to_prepare(roots[0] / dataset)}`"
+        f" (prepared here: {', '.join(there) or 'none'})"
+    )
+
+
+def _command_to_prepare(folder: Path) -> str:
+    if (folder / "prepare.py").is_file():
+        return f"python {folder / 'prepare.py'}"
+    script = Path("data/prepare_text.py")
+    if not script.is_file():
+        script = Path(__file__).resolve().parent / script
+    return f"python {script} --input=FILE --out={folder} --tokenizer=gpt2"
+
+
+def check_dataset(data_dir: str | Path, block_size: int, vocab_size: int) -> None:
+    """Raise DataError unless both token files can feed a model of this block_size and vocab_size."""
+    data_dir = Path(data_dir)
+    meta = load_meta(data_dir)
+    again = f"run `{_command_to_prepare(data_dir)}` again"
+    for split in ("train", "val"):
+        path = data_dir / f"{split}.bin"
+        ids = _open_tokens(path, DTYPES[meta["dtype"] if meta else "uint16"])
+        if len(ids) <= block_size:
+            raise DataError(f"{path} holds {len(ids):,} tokens, too few for block_size {block_size}: make that smaller")
+        if meta is None and not ids[1 : 2**16 : 2].any() and ids[: 2**16].any():
+            raise DataError(f"{path}: every second uint16 is 0: these are uint32 ids; {again}, or say so in meta.json")
+        expected = len(ids) if meta is None else meta.get(f"{split}_tokens", len(ids))
+        if len(ids) != expected:
+            raise DataError(f"{path} holds {len(ids):,} tokens, but meta.json says {expected:,}: {again}")
+        for start in _scan_starts(len(ids)):
+            window = ids[start : start + SCAN_WINDOW]
+            if window.max() >= vocab_size:
+                offset = start + int(np.argmax(window >= vocab_size))
+                raise DataError(
+                    f"{path}: token id {ids[offset]} at offset {offset} is not below the vocab_size of {vocab_size}:"
+                    f" {again}, or use a larger vocab_size"
+                )
+
+
+def _scan_starts(n_tokens: int) -> Iterable[int]:
+    if n_tokens <= FULL_SCAN_TOKENS:
+        return range(0, n_tokens, SCAN_WINDOW)
+    windows = FULL_SCAN_TOKENS // SCAN_WINDOW  # the first, the last, and evenly spaced ones between
+    return [int(start) for start in np.linspace(0, n_tokens - SCAN_WINDOW, windows)]
+
+
+# ---- meta data ----------------------------------------------------------------------------------------------
+
+
+def load_meta(data_dir: str | Path) -> dict[str, Any] | None:
+    """What the ids mean, in meta.json's form: meta.json itself, else nanoGPT's meta.pkl, else None."""
+    path = Path(data_dir) / "meta.json"
+    if path.exists():
+        try:
+            meta = json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError) as error:
+            raise DataError(f"{path} cannot be read ({_one_line(error)}): prepare the data again") from error
+        return check_meta(meta, path)
+    path = Path(data_dir) / "meta.pkl"
+    if path.exists():
+        return check_meta(_from_nanogpt(_read_plain_pickle(path), path), path)
+    return None
+
+
+def check_meta(meta: Any, where: str | Path) -> dict[str, Any]:
+    """Return meta if it is a well-formed meta.json, whoever wrote it; else raise DataError naming `where`."""
+
+    def require(ok: bool, problem: str) -> None:
+        if not ok:
+            raise DataError(f"{where}: {problem}: prepare the data again")
+
+    require(isinstance(meta, dict), "not a JSON object")
+    for key in ("tokenizer", "vocab_size", "dtype"):
+        require(key in meta, f"no {key!r}")
+    tokenizer, vocab_size, dtype, itos = meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta.get("itos")
+    require(isinstance(tokenizer, str), f"tokenizer is {short_repr(tokenizer)}, not a name")
+    require(type(vocab_size) is int and 1 <= vocab_size <= 2**31, f"vocab_size is {short_repr(vocab_size)}")
+    require(dtype in ("uint16", "uint32"), f"dtype is {short_repr(dtype)}, not uint16 or uint32")
+    require(dtype == "uint32" or vocab_size <= 2**16, f"vocab_size {vocab_size} does not fit uint16")
+    for key in ("train_tokens", "val_tokens"):
+        count = meta.get(key, 0)
+        require(type(count) is int and count >= 0, f"{key} is {short_repr(count)}")
+    if tokenizer == "char":
+        require(isinstance(itos, list), "no list 'itos' of the characters")
+        require(all(isinstance(char, str) for char in itos), "itos holds something that is not text")
+        require(len(itos) == vocab_size, f"itos has {len(itos)} characters, vocab_size is {vocab_size}")
+        require(len(set(itos)) == vocab_size, "itos names a character twice")
+        require(not any("\ud800" <= c <= "\udfff" for c in "".join(itos)), "itos holds half a character (a surrogate)")
+    return meta
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds dicts, lists, text and numbers only. Python's own unpickler rather than the C one, since a
+    hostile file can make that one allocate any amount of memory."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and plain data names nothing")
+
+
+def _read_plain_pickle(path: Path) -> Any:
+    try:
+        return _PlainUnpickler(BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path} is refused ({_one_line(error)}): prepare the data again") from error
+
+
+def _from_nanogpt(meta: Any, path: Path) -> dict[str, Any]:
+    """nanoGPT's {'vocab_size', 'itos', 'stoi'} in meta.json's form."""
+    if not (isinstance(meta, dict) and type(meta.get("vocab_size")) is int and isinstance(meta.get("itos"), dict)):
+        raise DataError(f"{path} is not nanoGPT's dict of vocab_size, itos and stoi: prepare the data again")
+    vocab_size, itos = meta["vocab_size"], meta["itos"]
+    if len(itos) != vocab_size or any(i not in itos for i in range(vocab_size)):
+        raise DataError(f"{path}: itos does not name the ids 0 to {vocab_size - 1}: prepare the data again")
+    characters = [itos[i] for i in range(vocab_size)]
+    return {"tokenizer": "char", "vocab_size": vocab_size, "dtype": "uint16", "itos": characters}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# ---- writing a data set -------------------------------------------------------------------------------------
+
+Tokens = Sequence[int] | np.ndarray | Iterator[np.ndarray]
+
+
+def write_dataset(
+    out_dir: str | Path,
+    tokenizer: str,
+    vocab_size: int,
+    train_ids: Tokens,
+    val_ids: Tokens,
+    *,
+    itos: list[str] | None = None,
+    dtype: str = "uint16",
+) -> dict[str, Any]:
+    """Write train.bin, val.bin and meta.json (for char meta.pkl too) and return the meta data.
+
+    Ids are one sequence, or an iterator of arrays where they do not fit in memory. Each file appears whole
+    or not at all, meta.json last.
+    """
+    out_dir = Path(out_dir)
+    meta: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": dtype}
+    check_meta({**meta, "itos": itos}, out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{out_dir} is a file, not a folder: choose another name") from error
+    for split, ids in (("train", train_ids), ("val", val_ids)):
+        meta[f"{split}_tokens"] = _write_tokens(out_dir / f"{split}.bin.tmp", ids, DTYPES[dtype], vocab_size)
+    for split in ("train", "val"):
+        os.replace(out_dir / f"{split}.bin.tmp", out_dir / f"{split}.bin")
+    if itos is None:
+        (out_dir / "meta.pkl").unlink(missing_ok=True)  # it would describe what was here before
+    else:
+        meta["itos"] = itos
+        stoi = {char: i for i, char in enumerate(itos)}
+        nanogpt = {"vocab_size": vocab_size, "itos": dict(enumerate(itos)), "stoi": stoi}
+        _replace_file(out_dir / "meta.pkl", pickle.dumps(nanogpt, protocol=4))
+    _replace_file(out_dir / "meta.json", (json.dumps(meta) + "\n").encode())
+    return meta
+
+
+def _write_tokens(path: Path, ids: Tokens, dtype: np.dtype, vocab_size: int) -> int:
+    count = 0
+    with open(path, "wb") as file:
+        for piece in ids if isinstance(ids, Iterator) else [ids]:
+            array = np.asarray(piece)
+            if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:
+                raise DataError(f"{path}: ids from {array.min()} to {array.max()}, but vocab_size is {vocab_size}")
+            file.write(array.astype(dtype).tobytes())
+            count += len(array)
+    if count == 0:
+        raise DataError(f"nothing to write to {path.with_suffix('')}: give more text, or another val_fraction")
+    return count
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_bytes(content)
+    os.replace(tmp, path)
+
+
+# ---- batches ------------------------------------------------------------------------------------------------
+
+
+def get_batch(
+    data_dir: str | Path,
+    split: str,
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    block_size: int,
+    sampling: str = "random",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of one step: (x_BT, y_BT), int32, where y is x moved on by one token.
+
+    A pure function of its arguments and the files. split is 'train', 'val' or 'train_eval', which reads
+    train.bin in a stream of its own. sampling is 'random' (crops anywhere; row i does not depend on
+    batch_size) or 'epoch' (blocks that do not overlap, each once an epoch, in an order of its own).
+    """
+    if split not in STREAMS or sampling not in ("random", "epoch"):
+        raise ValueError(f"split {split!r} or sampling {sampling!r} is unknown")
+    windows_NW = _token_windows(Path(data_dir) / ("val.bin" if split == "val" else "train.bin"), block_size + 1)
+    if sampling == "random":
+        # raw bits, since numpy keeps them the same for ever, which it does not promise of its distributions
+        raw_B = np.random.Philox(key=[seed ^ (STREAMS[split] << 32), step]).random_raw(batch_size)
+        starts_B = ((raw_B >> 11) * 2.0**-53 * len(windows_NW)).astype(np.int64)
+    else:
+        blocks = (len(windows_NW) + block_size - 1) // block_size
+        rows_B = np.arange(step * batch_size, (step + 1) * batch_size)
+        starts_B = np.empty(batch_size, np.int64)
+        for epoch in range(rows_B[0] // blocks, rows_B[-1] // blocks + 1):  # a batch may lie across several
+            here_B = rows_B // blocks == epoch
+            order = _epoch_order(seed ^ ((STREAMS[split] + EPOCH_STREAM) << 32), epoch, blocks)
+            starts_B[here_B] = order[rows_B[here_B] % blocks] * block_size
+    rows_BW = windows_NW[starts_B]
+    return rows_BW[:, :-1].astype(np.int32), rows_BW[:, 1:].astype(np.int32)
+
+
+@lru_cache(maxsize=4)  # two epochs each for training and for an evaluation; 8 bytes a block
+def _epoch_order(stream: int, epoch: int, blocks: int) -> np.ndarray:
+    return np.argsort(np.random.Philox(key=[stream, epoch]).random_raw(blocks), kind="stable")
+
+
+def _token_windows(path: Path, width: int) -> np.ndarray:
+    """Every run of `width` tokens of a file, as rows of a view (N, width) of its memory map."""
+    dtype = _read_dtype(path.parent, _fingerprint(path.parent / "meta.json"))
+    return _map_windows(path, dtype, width, _fingerprint(path))
+
+
+@lru_cache(maxsize=8)  # opened once; a file prepared again has another fingerprint
+def _map_windows(path: Path, dtype: np.dtype, width: int, fingerprint: tuple[int, ...]) -> np.ndarray:
+    ids = _open_tokens(path, dtype)
+    if len(ids) < width:
+        raise DataError(f"{path} holds {len(ids):,} tokens, too few for block_size {width - 1}: use a smaller one")
+    return np.lib.stride_tricks.sliding_window_view(ids, width)
+
+
+def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    again = f"run `{_command_to_prepare(path.parent)}`"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {again}")
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise DataError(
+            f"{path} has {size:,} bytes, which is not a number of {dtype.name} tokens: it is cut short,"
+            f" or of another dtype (meta.json may say uint32): {again} again"
+        )
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+@lru_cache(maxsize=8)
+def _read_dtype(data_dir: Path, fingerprint: tuple[int, ...]) -> np.dtype:
+    meta = load_meta(data_dir)
+    return DTYPES[meta["dtype"] if meta else "uint16"]
+
+
+def _fingerprint(path: Path) -> tuple[int, ...]:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def prefetch(make: Callable[[int], Batch], start: int, ahead: int = 2) -> Generator[Batch, None, None]:
+    """Yield make(start), make(start + 1), ... made in a thread, at most `ahead` of them in advance.
+
+    An exception in make is raised here. Closing the generator, or dropping it, ends the thread.
+    """
+    ready: queue.SimpleQueue[tuple[Batch | None, BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(ahead)
+    stop = threading.Event()
+
+    def work() -> None:
+        for step in itertools.count(start):
+            room.acquire()
+            if stop.is_set():
+                return
+            try:
+                ready.put((make(step), None))
+            except BaseException as error:  # noqa: BLE001  # raised again where the batch is asked for
+                ready.put((None, error))
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            room.release()
+            yield batch  # type: ignore[misc]  # it is a Batch where there is no error
+    finally:
+        stop.set()
+        room.release()
+        thread.join(timeout=5)  # a daemon, so that a stuck disk cannot keep the program from ending
+
+
+# ---- text codecs --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text to ids and back. decode takes ids below vocab_size and raises DataError on any other."""
+
+    tokenizer: str
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Iterable[int]], str]
+
+
+def make_codec(meta: dict[str, Any] | None) -> Codec:
+    """The codec of a data set's meta data; without any it is GPT-2's, as in nanoGPT."""
+    tokenizer = "gpt2" if meta is None else check_meta(meta, "the codec")["tokenizer"]
+    if tokenizer == "char":
+        assert meta is not None
+        return _char_codec(meta["itos"])
+    if tokenizer == "gpt2":
+        return _gpt2_codec()
+    if tokenizer == "bytes":
+        return Codec(
+            "bytes",
+            256,
+            lambda text: list(text.encode("utf-8", errors="surrogatepass")),
+            lambda ids: bytes(_check_ids(ids, 256)).decode("utf-8", errors="replace"),
+        )
+    raise DataError(f"no codec for tokenizer {short_repr(tokenizer)}: char, gpt2 and bytes are known")
+
+
+def _char_codec(itos: list[str]) -> Codec:
+    stoi = {char: i for i, char in enumerate(itos)}
+
+    def encode(text: str) -> list[int]:
+        try:
+            return [stoi[char] for char in text]
+        except KeyError:
+            unknown = ", ".join(repr(char) for char in sorted(set(text) - stoi.keys()))
+            raise DataError(f"characters that are not in the vocabulary of {len(itos)}: {unknown}") from None
+
+    return Codec("char", len(itos), encode, lambda ids: "".join(itos[i] for i in _check_ids(ids, len(itos))))
+
+
+def _gpt2_codec() -> Codec:
+    try:
+        import tiktoken
+
+        bpe = tiktoken.get_encoding("gpt2")
+    except ImportError as error:
+        raise DataError("the gpt2 tokenizer needs tiktoken: `pip install tiktoken`") from error
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
+        raise DataError(
+            f"the gpt2 tokenizer could not fetch its two files ({type(error).__name__}): once, with a network, run"
+            " `TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`,"
+            " then copy DIR here and set TIKTOKEN_CACHE_DIR to it"
+        ) from error
+    return Codec(
+        "gpt2",
+        GPT2_VOCAB_SIZE,
+        lambda text: bpe.encode(text, allowed_special={"<|endoftext|>"}),
+        lambda ids: bpe.decode(_check_ids(ids, GPT2_VOCAB_SIZE)),
+    )
+
+
+def _check_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    checked = [int(i) for i in ids]
+    for i in checked:
+        if not 0 <= i < vocab_size:
+            raise DataError(f"token id {i} has no text: the tokenizer knows 0 to {vocab_size - 1}")
+    return checked

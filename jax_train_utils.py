@@ -1,0 +1,256 @@
+"""What one update is: learning rate, optimizer, train state, the compiled steps, and how rows spread over devices.
+
+Everything here is a plain function of plain trees; `train_jax.py` is the loop around it.
+"""
+
+import functools
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_transformer import GPTConfig, Params, cross_entropy, forward, init_params
+
+# Dynamic loss scaling as in torch's GradScaler, of which nanoGPT's float16 makes use.
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_GROWTH_INTERVAL = 2000  # good updates in a row before the scale doubles
+
+
+def warmup_cosine(iteration: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
+    """Linear warm-up, half a cosine down to `min_lr` at `lr_decay_iters`, then flat (nanoGPT's schedule)."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration > lr_decay_iters:
+        return min_lr
+    progress = (iteration - warmup_iters) / max(lr_decay_iters - warmup_iters, 1)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+def make_optimizer(
+    *, beta1: float, beta2: float, weight_decay: float, grad_clip: float
+) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which `train_step` applies: the iteration decides it, not the update count.
+
+    Weight decay is for tensors of two or more dimensions, so never for biases and norm gains. grad_clip=0: no clipping.
+    Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization".
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity(),
+        optax.scale_by_adam(b1=beta1, b2=beta2, eps=1e-8),
+        optax.add_decayed_weights(weight_decay, mask=functools.partial(jax.tree.map, lambda p: p.ndim >= 2)),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# state
+
+
+class LossScale(NamedTuple):
+    """float16 only: the loss is multiplied by `scale` so that small gradients do not vanish."""
+
+    scale: jax.Array  # float32 scalar
+    good_updates: jax.Array  # int32 scalar, since the scale last changed
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes, float32. Its step is the loop's business: state k is the state after k updates."""
+
+    params: Params
+    opt_state: Any  # (optax state, LossScale)
+
+
+def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run: one for the initial weights, one for dropout."""
+    weights_key, dropout_key = jax.random.split(jax.random.key(seed))
+    return weights_key, dropout_key
+
+
+def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state."""
+    params = init_params(config, random_keys(seed)[0])
+    scale = INITIAL_LOSS_SCALE if config.dtype == "float16" else 1.0
+    loss_scale = LossScale(jnp.asarray(scale, jnp.float32), jnp.asarray(0, jnp.int32))
+    return TrainState(params, (optimizer.init(params), loss_scale))
+
+
+def fresh_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """A fresh state on every device of the mesh."""
+    return jax.jit(functools.partial(init_state, config, optimizer, seed), out_shardings=replicated(mesh))()
+
+
+def abstract_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(functools.partial(init_state, config, optimizer, 0))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# devices: parameters on each of them, rows spread over them
+
+
+class Layout(NamedTuple):
+    """How an iteration's rows go to the devices: `micro_batches` x (`devices` x `rows_per_device`) rows."""
+
+    devices: int
+    micro_batches: int
+    rows_per_device: int
+
+
+def lay_out(rows: int, batch_size: int, available_devices: int) -> Layout:
+    """Spread `rows` over the most devices that divide them, at most `batch_size` rows a device at a time."""
+    devices = max(n for n in range(1, available_devices + 1) if rows % n == 0)
+    rows_each = rows // devices
+    rows_at_once = max(b for b in range(1, min(batch_size, rows_each) + 1) if rows_each % b == 0)
+    return Layout(devices, rows_each // rows_at_once, rows_at_once)
+
+
+def find_devices(device: str) -> list[jax.Device]:
+    """The devices behind `--device`: auto, cpu, cuda, gpu, tpu, mps (a CPU here), or one of several, as cuda:1.
+
+    Raises ValueError if JAX has none of that kind. Must come before JAX is first used.
+    """
+    platform, _, index = device.partition(":")
+    platforms = {"auto": None, "cpu": "cpu", "mps": "cpu", "cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+    if platform not in platforms or (index and not index.isdecimal()):
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda, gpu or tpu, or one of several as in cuda:1")
+    if platform == "mps":
+        print("note: JAX has no supported backend for Apple's GPU; device=mps computes on the CPU")
+    if platforms[platform] is not None:
+        jax.config.update("jax_platforms", platforms[platform])
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={device}: JAX finds no such device ({reason}); see JAX_README.md, Installation"
+        ) from None
+    if platform == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
+        print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
+    if index:
+        if int(index) >= len(devices):
+            raise ValueError(f"device={device}: JAX sees {len(devices)} such devices, numbered from 0")
+        devices = [devices[int(index)]]
+    return devices
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    # Auto: shardings are given to arrays, the compiler does the rest. Explicit would have to be told at each lookup.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def shard_rows(rows_RT: np.ndarray, micro_batches: int, mesh: Mesh) -> jax.Array:
+    """Host rows (R, T) -> device array (A, B, T), B spread over the mesh. Rows keep their order.
+
+    The reshape is done here, on the host: inside the compiled step it would lose the sharding.
+    """
+    rows_ABT = rows_RT.reshape(micro_batches, -1, rows_RT.shape[-1])
+    return jax.device_put(rows_ABT, NamedSharding(mesh, P(None, "data", None)))
+
+
+def pad_rows(rows_RT: np.ndarray, batch_size: int, devices: int) -> tuple[np.ndarray, int]:
+    """Repeat the last row until full micro-batches of at most `batch_size` rows a device come out: (rows, how many).
+
+    For evaluation, where losses are per row and the surplus is dropped again.
+    """
+    rows = len(rows_RT)
+    per_micro_batch = devices * min(batch_size, -(-rows // devices))
+    micro_batches = -(-rows // per_micro_batch)
+    return np.pad(rows_RT, ((0, micro_batches * per_micro_batch - rows), (0, 0)), mode="edge"), micro_batches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the compiled steps
+
+
+def train_step(
+    state: TrainState,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    learning_rate: jax.Array,
+    iteration: jax.Array,
+    *,
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from A micro-batches of B rows. Pure; jit it with `compile_train_step`.
+
+    Returns the new state and scalar metrics: `loss` (mean over the micro-batches, before the update), `grad_norm`
+    (before clipping), `finite` and `loss_scale`. If the loss or the gradient is not finite, the state is kept as it was
+    (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) alone.
+    """
+    assert x_ABT.shape == y_ABT.shape, f"inputs {x_ABT.shape} and targets {y_ABT.shape} differ in shape"
+    A = x_ABT.shape[0]
+    adam_state, loss_scale = state.opt_state
+
+    def scaled_loss(params, x_BT, y_BT, key):
+        loss = cross_entropy(forward(params, x_BT, config, dropout_key=key), y_BT).mean()
+        return loss * loss_scale.scale, loss
+
+    def accumulate(carry, micro_batch):
+        grads, loss = carry
+        (_, micro_loss), micro_grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params, *micro_batch)
+        return (jax.tree.map(jnp.add, grads, micro_grads), loss + micro_loss), None
+
+    dropout_key = jax.random.fold_in(random_keys(seed)[1], iteration)
+    micro_batches = (x_ABT, y_ABT, jax.random.split(dropout_key, A))
+    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros((), jnp.float32))
+    if A == 1:  # no loop around a single micro-batch
+        (grads, loss), _ = accumulate(zero, jax.tree.map(lambda a: a[0], micro_batches))
+    else:
+        (grads, loss), _ = jax.lax.scan(accumulate, zero, micro_batches)
+    loss = loss / A
+    grads = jax.tree.map(lambda g: g / (A * loss_scale.scale), grads)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    directions, new_adam_state = optimizer.update(grads, adam_state, state.params)
+    new_params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
+    params, adam_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (new_params, new_adam_state), (state.params, adam_state)
+    )
+    if config.dtype == "float16":
+        loss_scale = update_loss_scale(loss_scale, finite)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite, "loss_scale": loss_scale.scale}
+    return TrainState(params, (adam_state, loss_scale)), metrics
+
+
+def update_loss_scale(loss_scale: LossScale, finite: jax.Array) -> LossScale:
+    """Half after an overflow, never below 1; double after LOSS_SCALE_GROWTH_INTERVAL good updates in a row."""
+    good = jnp.where(finite, loss_scale.good_updates + 1, 0)
+    grow = good >= LOSS_SCALE_GROWTH_INTERVAL
+    scale = jnp.where(finite, loss_scale.scale * jnp.where(grow, 2.0, 1.0), jnp.maximum(loss_scale.scale / 2, 1.0))
+    return LossScale(scale, jnp.where(grow, 0, good))
+
+
+def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int):
+    """`train_step` jitted; it takes the state's memory over (donation), so the old state is gone after a call."""
+    return jax.jit(functools.partial(train_step, config=config, optimizer=optimizer, seed=seed), donate_argnums=0)
+
+
+def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig) -> jax.Array:
+    """Mean loss of each row, (A, B) float32, without dropout: a whole evaluation in one dispatch."""
+
+    def one_batch(_, batch):
+        x_BT, y_BT = batch
+        return None, cross_entropy(forward(params, x_BT, config), y_BT).mean(axis=-1)
+
+    return jax.lax.scan(one_batch, None, (x_ABT, y_ABT))[1]
+
+
+def compile_eval(config: GPTConfig):
+    return jax.jit(functools.partial(eval_losses, config=config))

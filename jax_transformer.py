@@ -1,0 +1,219 @@
+"""GPT-2 as Flax NNX modules: configuration, forward pass, loss, counts. No I/O, no training.
+
+Arrays carry their shape in their name. The dimension key, here and in every other file:
+
+    B batch    T time (tokens)    R = B * T flat rows    D model width (n_embd)    F = 4 * D feed-forward
+    N heads    H head width       V vocabulary           L layers                  A accumulated micro-batches
+    S keys attended to (= T without a cache)
+
+The modules exist to be split once: `init_params` gives a plain dict of arrays, and `forward` is a pure function of it,
+so that the training step is plain `jax.jit` over plain dicts. Paper: Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners"; names of the parameters are those of its released code (wte, wpe, h, c_attn, ...).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]  # nested dict of float32 arrays; its inner layout is this file's own business
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and arithmetic of a GPT. Hashable: a static argument of every compiled function."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64: faster matrix products
+    dropout: float = 0.0
+    bias: bool = False
+    gelu: Literal["erf", "tanh"] = "erf"  # erf: nanoGPT's; tanh: what GPT-2's released weights were trained with
+    dtype: str = "float32"  # compute type; parameters, softmax and loss are always float32
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.gelu not in ("erf", "tanh"):
+            raise ValueError(f"gelu={self.gelu!r} must be 'erf' or 'tanh'")
+
+
+def _gpt2_size(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
+    return GPTConfig(n_layer, n_head, n_embd, block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
+
+
+GPT2_SIZES = {
+    "gpt2": _gpt2_size(12, 12, 768),  # 124M
+    "gpt2-medium": _gpt2_size(24, 16, 1024),  # 350M
+    "gpt2-large": _gpt2_size(36, 20, 1280),  # 774M
+    "gpt2-xl": _gpt2_size(48, 25, 1600),  # 1558M
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modules
+
+
+def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, dropout: nnx.Dropout, rngs) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v under a causal mask; scores and softmax in float32 at least."""
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    precise = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=precise) / math.sqrt(H)
+    visible_TS = jnp.tril(jnp.ones((T, T), dtype=bool))
+    weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
+    weights_BNTS = dropout(weights_BNTS.astype(v_BTNH.dtype), deterministic=rngs is None, rngs=rngs)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BTNH)
+
+
+class CausalSelfAttention(nnx.Module):
+    def __init__(self, config: GPTConfig, linear, residual_init, rngs: nnx.Rngs):
+        D = config.n_embd
+        self.n_head = config.n_head
+        self.c_attn = linear(D, 3 * D, rngs=rngs)  # queries, keys and values of all heads in one product
+        self.c_proj = linear(D, D, kernel_init=residual_init, rngs=rngs)
+        self.attn_dropout = nnx.Dropout(config.dropout)
+        self.resid_dropout = nnx.Dropout(config.dropout)
+
+    def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
+        R, D = x_RD.shape
+        qkv_BT3NH = self.c_attn(x_RD).reshape(B, R // B, 3, self.n_head, D // self.n_head)
+        q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
+        y_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, self.attn_dropout, rngs)
+        return self.resid_dropout(self.c_proj(y_BTNH.reshape(R, D)), deterministic=rngs is None, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GPTConfig, linear, residual_init, rngs: nnx.Rngs):
+        D, F = config.n_embd, 4 * config.n_embd
+        self.gelu = config.gelu
+        self.c_fc = linear(D, F, rngs=rngs)
+        self.c_proj = linear(F, D, kernel_init=residual_init, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(self, x_RD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        h_RF = jax.nn.gelu(self.c_fc(x_RD), approximate=self.gelu == "tanh")
+        return self.dropout(self.c_proj(h_RF), deterministic=rngs is None, rngs=rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GPTConfig, linear, residual_init, layer_norm, rngs: nnx.Rngs):
+        self.ln_1 = layer_norm(rngs=rngs)
+        self.attn = CausalSelfAttention(config, linear, residual_init, rngs)
+        self.ln_2 = layer_norm(rngs=rngs)
+        self.mlp = MLP(config, linear, residual_init, rngs)
+
+    def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
+        with jax.named_scope("attn"):
+            x_RD = x_RD + self.attn(self.ln_1(x_RD), B, rngs)
+        with jax.named_scope("mlp"):
+            return x_RD + self.mlp(self.ln_2(x_RD), rngs)
+
+
+class GPT(nnx.Module):
+    """Pre-LN decoder with learned positions and a tied head. All initialisation is decided here:
+
+    weights              normal, std 0.02
+    residual c_proj      normal, std 0.02 / sqrt(2 * n_layer): each layer adds two to the stream (GPT-2, section 2.3)
+    biases               0
+    LayerNorm            scale 1, bias 0, epsilon 1e-5
+    """
+
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        residual_init = nnx.initializers.normal(0.02 / math.sqrt(2 * config.n_layer))
+        dtype = jnp.dtype(config.dtype)
+        linear = functools.partial(nnx.Linear, use_bias=config.bias, dtype=dtype, kernel_init=init)
+        layer_norm = functools.partial(
+            nnx.LayerNorm, config.n_embd, epsilon=1e-5, use_bias=config.bias, dtype=dtype, use_fast_variance=False
+        )
+        embed = functools.partial(nnx.Embed, features=config.n_embd, dtype=dtype, embedding_init=init)
+
+        self.config = config
+        self.wte = embed(config.vocab_size, rngs=rngs)
+        self.wpe = embed(config.block_size, rngs=rngs)
+        self.drop = nnx.Dropout(config.dropout)
+        # String keys, since integer ones do not survive a checkpoint.
+        self.h = nnx.Dict(
+            {str(i): Block(config, linear, residual_init, layer_norm, rngs) for i in range(config.n_layer)}
+        )
+        self.ln_f = layer_norm(rngs=rngs)
+
+    def __call__(self, input_ids_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        B, T = input_ids_BT.shape
+        x_BTD = self.wte(input_ids_BT) + self.wpe(jnp.arange(T))[None]
+        x_BTD = self.drop(x_BTD, deterministic=rngs is None, rngs=rngs)
+        # Flat rows inside the blocks: with (B, T, D) XLA on a CPU spends a third of the step on transposing copies
+        # for the weight gradients.
+        x_RD = x_BTD.reshape(B * T, -1)
+        for i in range(self.config.n_layer):
+            x_RD = self.h[str(i)](x_RD, B, rngs)
+        with jax.named_scope("head"):
+            logits_RV = self.wte.attend(self.ln_f(x_RD))  # the tied head: by far the largest tensor of a step
+        return logits_RV.reshape(B, T, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pure functions over a plain dict of parameters
+
+
+@functools.cache
+def _graphdef(config: GPTConfig) -> nnx.GraphDef:
+    """The module's structure without any array in it."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    return graphdef
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: GPTConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters: a nested dict of arrays with string keys. The same key gives the same parameters."""
+    return nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(params=key)), nnx.Param)[1])
+
+
+def abstract_params(config: GPTConfig) -> Params:
+    """The shapes and dtypes that `init_params` would give, without computing anything."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def forward(
+    params: Params, input_ids_BT: jax.Array, config: GPTConfig, *, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Logits (B, T, V) of the next token at each position, in config.dtype. With `dropout_key`, in training mode.
+
+    Ids must lie in [0, vocab_size): an id outside gives NaN, so check them on the host (jax_data.check_dataset).
+    """
+    assert input_ids_BT.ndim == 2, f"input_ids_BT must have 2 dimensions, (batch, time), not shape {input_ids_BT.shape}"
+    assert jnp.issubdtype(input_ids_BT.dtype, jnp.integer), f"input_ids_BT must be integers, not {input_ids_BT.dtype}"
+    T = input_ids_BT.shape[1]
+    assert 1 <= T <= config.block_size, f"{T} tokens do not fit in block_size={config.block_size}"
+    rngs = None if dropout_key is None or config.dropout == 0 else nnx.Rngs(dropout=dropout_key)
+    return nnx.merge(_graphdef(config), params)(input_ids_BT, rngs)
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log p(target) in nats, (B, T), in float32 whatever lower precision the logits have."""
+    assert logits_BTV.shape[:-1] == targets_BT.shape, f"logits {logits_BTV.shape} do not fit targets {targets_BT.shape}"
+    with jax.named_scope("loss"):
+        logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+        target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+
+
+def num_params(params: Params) -> int:
+    """Number of parameters as nanoGPT and the GPT-2 paper count them: without the position embeddings."""
+    return sum(p.size for p in jax.tree.leaves(params)) - params["wpe"]["embedding"].size
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Floating-point operations of training on one token: 6 params + 12 L D T (PaLM, arXiv 2204.02311, appendix B)."""
+    return 6 * num_params(abstract_params(config)) + 12 * config.n_layer * config.n_embd * config.block_size

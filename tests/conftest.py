@@ -1,0 +1,98 @@
+"""What the end-to-end tests share: a small data set, and the scripts started as a user starts them."""
+
+import functools
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jax_data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A model that compiles in a second, with everything switched on that could break exact resume.
+TINY = """
+n_layer = 2
+n_head = 2
+n_embd = 16
+block_size = 16
+batch_size = 4
+gradient_accumulation_steps = 2
+dropout = 0.1
+learning_rate = 1e-2
+warmup_iters = 2
+lr_decay_iters = 20
+max_iters = 20
+eval_interval = 10
+eval_iters = 2
+device = 'cpu'
+dataset = 'tiny'
+out_dir = 'out'
+"""
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "my", "house"]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One CPU device, nobody logged in anywhere, and one compilation cache for the session (this saves minutes)."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "WANDB_"))}
+    env["HOME"] = str(tmp_path_factory.mktemp("home"))
+    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    return env
+
+
+def write_tiny_dataset(folder: Path) -> None:
+    """Words of a small vocabulary in random order: something to learn, in 24,000 characters."""
+    words = random.Random(0).choices(WORDS, k=6000)
+    text = " ".join(words)[:24_000]
+    itos = sorted(set(text))
+    ids = np.array([itos.index(c) for c in text], np.uint16)
+    jax_data.write_dataset(folder, "char", len(itos), ids[:20_000], ids[20_000:], itos=itos)
+
+
+def run_script(folder: Path, environment: dict[str, str], script: str, *args: str, expect: int = 0, **env: str):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *args],
+        cwd=folder, env=environment | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A folder to run in: data/tiny and tiny.py, the config of the tests."""
+    write_tiny_dataset(tmp_path / "data" / "tiny")
+    (tmp_path / "tiny.py").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workdir: Path, environment: dict[str, str]) -> Run:
+    """run('train_jax.py', 'tiny.py', '--max_iters=3', JAX_X=...) in `workdir`, to its end."""
+    return functools.partial(run_script, workdir, environment)
+
+
+@pytest.fixture(scope="session")
+def one_finished_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    write_tiny_dataset(folder / "data" / "tiny")
+    (folder / "tiny.py").write_text(TINY)
+    done = run_script(folder, environment, "train_jax.py", "tiny.py", "--out_dir=finished")
+    return folder / "finished", done.stdout
+
+
+@pytest.fixture
+def finished(workdir: Path, one_finished_run: tuple[Path, str]) -> Path:
+    """A copy in `workdir` of the run of tiny.py as it is: 20 iterations, checkpoints 10 and 20."""
+    return Path(shutil.copytree(one_finished_run[0], workdir / "finished"))

@@ -1,0 +1,237 @@
+"""jax_checkpoint: what is saved comes back bit for bit, and what was damaged is never used.
+
+python -m pytest tests/test_checkpoint.py
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_checkpoint
+from jax_checkpoint import CheckpointError, SaveError, Saver, find, find_fault, read_meta, restore
+from jax_train_utils import make_mesh, replicated
+
+
+def tree(seed: int) -> dict:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "wte": {"embedding": jax.random.normal(keys[0], (7, 4))},
+        "h": {str(i): {"kernel": jax.random.normal(jax.random.fold_in(keys[1], i), (4, 4))} for i in range(11)},
+    }
+
+
+def optimizer_state(seed: int) -> tuple:
+    import optax
+
+    return optax.adam(1e-3).init(tree(seed)), {"scale": jnp.float32(seed)}
+
+
+def abstract(arrays):
+    sharding = replicated(make_mesh(jax.devices()[:1]))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
+
+
+def save_steps(out_dir: Path, steps: dict[int, bool], keep: int = 2) -> None:
+    """steps: step -> is it the best so far."""
+    saver = Saver(out_dir, keep)
+    for step, is_best in steps.items():
+        saver.save(step, tree(step), optimizer_state(step), {"note": f"step {step}"}, is_best=is_best)
+    saver.close()
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
+    return all(jax.tree.leaves(same))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("saved")
+    save_steps(out_dir, {3: True, 7: False})
+    return out_dir
+
+
+@pytest.fixture
+def out_dir(saved: Path, tmp_path: Path) -> Path:
+    """A run to damage: checkpoints 3 and 7, of which 3 is the best."""
+    return Path(shutil.copytree(saved, tmp_path / "out"))
+
+
+def test_arrays_come_back_bit_for_bit_in_the_same_tree(out_dir):
+    step_dir, skipped = find(out_dir)
+    assert (step_dir.name, skipped) == ("7", [])
+    wanted = {"params": abstract(tree(7)), "opt_state": abstract(optimizer_state(7))}
+    restored = restore(step_dir, wanted)
+    assert jax.tree.structure(restored["opt_state"]) == jax.tree.structure(optimizer_state(7))
+    assert equal(restored, {"params": tree(7), "opt_state": optimizer_state(7)})
+
+
+def test_parameters_can_be_restored_alone_from_latest_and_best(out_dir):
+    for which, step in (("latest", 7), ("best", 3), ("3", 3)):
+        assert equal(restore(find(out_dir, which)[0], {"params": abstract(tree(step))}), {"params": tree(step)})
+
+
+def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
+    assert read_meta(find(out_dir)[0]) == {"schema": 1, "step": 7, "note": "step 7"}
+    assert json.loads((out_dir / "best/3/meta/metadata").read_text())["note"] == "step 3"
+
+
+def test_a_relative_directory_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps(Path("run"), {1: False})
+    assert equal(restore(find(Path("run"))[0], {"params": abstract(tree(1))})["params"], tree(1))
+
+
+def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
+    consume = jax.jit(lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0)
+    params, saver = tree(5), Saver(tmp_path, 2)
+    saver.save(5, params, optimizer_state(5), {}, is_best=False)
+    params = consume(params)
+    saver.close()
+    assert equal(restore(find(tmp_path)[0], {"params": abstract(tree(5))})["params"], tree(5))
+
+
+def test_only_the_newest_are_kept_and_best_apart(tmp_path):
+    save_steps(tmp_path, {1: True, 2: True, 3: False, 4: False, 5: False}, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
+    assert find_fault(tmp_path / "best" / "2") is None
+
+
+def test_a_step_saved_before_can_become_the_best(out_dir):
+    saver = Saver(out_dir, 2)
+    saver.copy_to_best(7)
+    saver.close()
+    assert find(out_dir, "best")[0].name == "7"
+    assert [p.name for p in (out_dir / "best").iterdir()] == ["7"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# damage
+
+
+def files_of(step_dir: Path) -> list[Path]:
+    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def flip_a_bit(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+def delete(path: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, delete])
+def test_any_damage_to_any_file_is_found_and_the_one_before_is_used(out_dir, damage):
+    newest = out_dir / "checkpoints" / "7"
+    for i, path in enumerate(files_of(newest)):
+        original = path.read_bytes()
+        damage(path, random.Random(i))
+        step_dir, skipped = find(out_dir)
+        assert step_dir.name == "3", f"{damage.__name__} of {path.relative_to(newest)} went unnoticed"
+        assert len(skipped) == 1 and str(newest) in skipped[0]
+        path.write_bytes(original)
+    assert find(out_dir)[0] == newest  # whole again
+
+
+def test_a_step_without_manifest_does_not_exist(out_dir):
+    (out_dir / "checkpoints/7/MANIFEST.json").unlink()
+    step_dir, skipped = find(out_dir)
+    assert step_dir.name == "3" and "never finished" in skipped[0]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "7", '{"files": 3, "checksum": "x"}', '{"files": {}}'])
+def test_a_malformed_manifest_is_damage_not_a_crash(out_dir, content):
+    (out_dir / "checkpoints/7/MANIFEST.json").write_text(content)
+    assert find(out_dir)[0].name == "3"
+
+
+def test_an_explicit_step_is_never_replaced_by_another(out_dir):
+    (out_dir / "checkpoints/7/meta/metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/7 does not verify: meta/metadata is missing"):
+        find(out_dir, "7")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .*; there are: 3, 7"):
+        find(out_dir, "5")
+    with pytest.raises(CheckpointError, match="must be latest, best or a step number"):
+        find(out_dir, "newest")
+
+
+def test_nothing_that_verifies_is_an_error_that_says_why(out_dir, tmp_path):
+    for step in (3, 7):
+        (out_dir / f"checkpoints/{step}/MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint that verifies in .*7 skipped: .*3 skipped: "):
+        find(out_dir)
+    assert not jax_checkpoint.holds_run(out_dir)
+    with pytest.raises(CheckpointError, match="there is none; train first"):
+        find(tmp_path / "nowhere")
+
+
+def test_folders_that_are_no_steps_are_ignored(out_dir):
+    for name in ("notes", "8.orbax-checkpoint-tmp", "-5", "٣"):
+        (out_dir / "checkpoints" / name).mkdir()
+    (out_dir / "checkpoints" / "99").write_text("a file")
+    assert find(out_dir) == (out_dir / "checkpoints" / "7", [])
+
+
+def test_a_new_saver_removes_what_a_kill_left_and_saves_over_an_unfinished_step(out_dir):
+    shutil.copytree(out_dir / "checkpoints/7", out_dir / "checkpoints/9.orbax-checkpoint-tmp")
+    shutil.copytree(out_dir / "checkpoints/7", out_dir / "checkpoints/9")
+    (out_dir / "checkpoints/9/MANIFEST.json").unlink()
+    save_steps(out_dir, {9: False})
+    assert sorted(p.name for p in (out_dir / "checkpoints").iterdir()) == ["7", "9"]
+    assert equal(restore(find(out_dir)[0], {"params": abstract(tree(9))})["params"], tree(9))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what does not fit
+
+
+def test_another_shape_dtype_or_tree_is_refused_by_name(out_dir):
+    step_dir = find(out_dir)[0]
+    other_shape = tree(7) | {"wte": {"embedding": jnp.zeros((8, 4))}}
+    with pytest.raises(CheckpointError, match=r"wte\.embedding: float32\[7, 4\], expected float32\[8, 4\]"):
+        restore(step_dir, {"params": abstract(other_shape)})
+    other_dtype = tree(7) | {"wte": {"embedding": jnp.zeros((7, 4), jnp.bfloat16)}}
+    with pytest.raises(CheckpointError, match=r"wte\.embedding: float32\[7, 4\], expected bfloat16\[7, 4\]"):
+        restore(step_dir, {"params": abstract(other_dtype)})
+    with pytest.raises(CheckpointError, match=r"wpe\.embedding: missing, expected"):
+        restore(step_dir, {"params": abstract(tree(7) | {"wpe": {"embedding": jnp.zeros((2, 4))}})})
+    with pytest.raises(CheckpointError, match=r"wte\.embedding: unexpected"):
+        restore(step_dir, {"params": abstract({"h": tree(7)["h"]})})
+
+
+def test_another_schema_or_step_in_meta_is_refused(out_dir):
+    path = out_dir / "checkpoints/7/meta/metadata"
+    path.write_text(json.dumps({"schema": 2, "step": 7}))
+    with pytest.raises(CheckpointError, match="has schema 2; this version reads 1"):
+        read_meta(path.parents[1])
+    path.write_text(json.dumps({"schema": 1, "step": 8}))
+    with pytest.raises(CheckpointError, match="is of step 8, but its folder is 7"):
+        read_meta(path.parents[1])
+
+
+def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, 2)
+
+    def disk_full(step_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax_checkpoint, "write_manifest", disk_full)
+    saver.save(1, tree(1), optimizer_state(1), {}, is_best=False)
+    with pytest.raises(SaveError, match="No space left on device"):
+        saver.wait()
+    saver.close()
+    assert not jax_checkpoint.holds_run(tmp_path)

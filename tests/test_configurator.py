@@ -1,0 +1,618 @@
+"""Config files, flags, and what is said about bad ones.
+
+python -m pytest tests/test_configurator.py
+"""
+
+import ast
+import contextlib
+import io
+import math
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import Between, ConfigError
+from train_jax import TrainConfig
+
+ROOT = Path(configurator.__file__).parent
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One option of each type."""
+
+    name: str = "x"  # a text
+    count: int = 1  # a whole number
+    rate: float = 0.5  # a number
+    flag: bool = False  # a switch
+    top_k: Annotated[int, Between(1)] | None = 200  # may be nothing
+    top_p: Optional[float] = None  # noqa: UP045 - the older spelling works too
+    level: Annotated[float, Between(0.0, high=1.0)] = 0.0  # a closed range
+    mode: Literal["fast", "exact"] = "fast"  # a choice
+
+
+def run(config_class: Any, argv: list[str], **options: Any) -> tuple[Any, int | None, str, str]:
+    """The config or None, the exit code or None, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            return configurator.parse(config_class, argv, **options), None, out.getvalue(), err.getvalue()
+        except SystemExit as stop:
+            return None, stop.code, out.getvalue(), err.getvalue()  # type: ignore[return-value]
+
+
+def good(config_class: Any, argv: list[str], **options: Any) -> Any:
+    config, code, _, err = run(config_class, argv, **options)
+    assert code is None and err == "", err
+    return config
+
+
+def bad(config_class: Any, argv: list[str]) -> str:
+    """The one line said about bad input."""
+    config, code, _, err = run(config_class, argv)
+    assert config is None and code == 2
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and err.endswith("\n")
+    return err
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str, name: str = "c.py") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+# ---- flags: accepted
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        # nanoGPT takes these
+        ("--batch_size=32", "batch_size", 32),
+        ("--eval_iters=1_000", "eval_iters", 1000),
+        ("--eval_iters=0x10", "eval_iters", 16),
+        ("--learning_rate=1e-3", "learning_rate", 1e-3),
+        ("--learning_rate=.5", "learning_rate", 0.5),
+        ("--out_dir=out-x", "out_dir", "out-x"),
+        ("--out_dir='out-x'", "out_dir", "out-x"),
+        ('--out_dir="out-x"', "out_dir", "out-x"),
+        ("--out_dir=\"'123'\"", "out_dir", "'123'"),
+        ("--out_dir='123'", "out_dir", "123"),
+        ("--out_dir='a\\nb'", "out_dir", "a\nb"),
+        ("--out_dir=\\n", "out_dir", "\\n"),
+        ("--out_dir=", "out_dir", ""),
+        ("--compile=False", "compile", False),
+        ("--wandb_log=True", "wandb_log", True),
+        ("--device=cpu", "device", "cpu"),
+        ("--dtype=float16", "dtype", "float16"),
+        ("--dtype='float16'", "dtype", "float16"),
+        # nanoGPT refuses these, without need
+        ("--out_dir=a=b", "out_dir", "a=b"),
+        ("--out_dir=x = 1", "out_dir", "x = 1"),
+        ("--out_dir=123", "out_dir", "123"),
+        ("--out_dir=True", "out_dir", "True"),
+        ("--out_dir=None", "out_dir", "None"),
+        ("--out_dir=--x", "out_dir", "--x"),
+        ("--out_dir=a\nb", "out_dir", "a\nb"),
+        ("--out_dir='a'b'", "out_dir", "'a'b'"),
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=6e-4/10", "learning_rate", 6e-4 / 10),
+        ("--grad_clip=inf", "grad_clip", math.inf),
+        ("--max_iters=1e3", "max_iters", 1000),
+        ("--max_iters=2.0", "max_iters", 2),
+        ("--max_iters=5*8", "max_iters", 40),
+        ("--max_iters=2**5", "max_iters", 32),
+        ("--max_iters=(1+2)*3-4//2", "max_iters", 7),
+        ("--batch-size=3", "batch_size", 3),
+        ("--wandb_log=true", "wandb_log", True),
+        ("--wandb_log=1", "wandb_log", True),
+        ("--compile=false", "compile", False),
+        ("--compile=0", "compile", False),
+        ("--wandb_log", "wandb_log", True),
+        ("--no_compile", "compile", False),
+        ("--no-compile", "compile", False),
+    ],
+)
+def test_a_flag_sets_its_option_and_nothing_else(argument, key, value):
+    config = good(TrainConfig, [argument])
+    assert asdict(config) == {**asdict(TrainConfig()), key: value}
+    assert type(getattr(config, key)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--batch_size", "32"], {"batch_size": 32}),
+        (["--min_lr", "1e-5", "--batch_size", "4"], {"min_lr": 1e-5, "batch_size": 4}),
+        (["--out_dir", "a b"], {"out_dir": "a b"}),
+        (["--compile", "False", "--wandb_log", "true"], {"compile": False, "wandb_log": True}),
+        (["--wandb_log", "--batch_size=2"], {"wandb_log": True, "batch_size": 2}),
+        (["--batch_size=1", "--batch_size=2"], {"batch_size": 2}),
+    ],
+)
+def test_the_space_form_and_repetition(argv, expected):
+    assert asdict(good(TrainConfig, argv)) == {**asdict(TrainConfig()), **expected}
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("--top_k=None", "top_k", None),
+        ("--top_k=5", "top_k", 5),
+        ("--top_p=None", "top_p", None),
+        ("--top_p=1", "top_p", 1.0),
+        ("--count=-1", "count", -1),
+        ("--count=-5*8", "count", -40),
+        ("--rate=-1", "rate", -1.0),
+        ("--level=1", "level", 1.0),
+        ("--mode=exact", "mode", "exact"),
+    ],
+)
+def test_optional_negative_and_ranged_values(argument, key, value):
+    config = good(Plain, [argument])
+    assert asdict(config) == {**asdict(Plain()), key: value}
+    assert type(getattr(config, key)) is type(value)
+
+
+def test_an_escape_that_python_remarks_on_is_taken_silently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert good(TrainConfig, ["--out_dir='\\d'"]).out_dir == "\\d"
+
+
+def test_a_bare_bool_does_not_swallow_the_config_file_after_it(write):
+    config = good(TrainConfig, ["--eval_only", write("batch_size = 3")])
+    assert (config.eval_only, config.batch_size) == (True, 3)
+
+
+def test_the_command_for_a_laptop_in_nanogpts_readme_runs():
+    options = (
+        "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+        "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+    )
+    config = good(TrainConfig, [str(ROOT / "config/train_shakespeare_char.py"), *options.split()])
+    assert (config.device, config.compile, config.n_embd, config.dropout) == ("cpu", False, 128, 0.0)
+    assert (config.dataset, config.beta2) == ("shakespeare_char", 0.99)
+
+
+def nanogpt_takes(text: str, default: Any) -> tuple[bool, Any]:
+    """nanoGPT's rule: a literal, otherwise the text itself; its type must be the default's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        except (TypeError, MemoryError, RecursionError):
+            return False, None
+    return "=" not in text and type(value) is type(default), value
+
+
+LITERALS = st.one_of(
+    st.integers().map(str),
+    st.integers(min_value=0).map(hex),
+    st.floats().map(repr),
+    st.booleans().map(repr),
+    st.text().map(repr),
+    st.text(),
+    st.text(alphabet="'\"\\n1e-_.+* ()#", max_size=8),
+)
+
+
+@given(key=st.sampled_from(["name", "count", "rate", "flag"]), text=LITERALS)
+@settings(max_examples=300, deadline=None)
+def test_what_nanogpt_accepts_has_the_same_value_here(key, text):
+    accepted, value = nanogpt_takes(text, getattr(Plain(), key))
+    if accepted:
+        assert repr(getattr(good(Plain, [f"--{key}={text}"]), key)) == repr(value)
+
+
+@given(name=st.text(), count=st.integers(), rate=st.floats(), flag=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_value_survives_being_written_as_a_flag(name, count, rate, flag):
+    config = good(Plain, [f"--name={name!r}", f"--count={count}", f"--rate={rate!r}", f"--flag={flag}"])
+    assert repr((config.name, config.count, config.rate, config.flag)) == repr((name, count, rate, flag))
+
+
+# ---- flags: rejected
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--btch_size=3"], ["--btch_size=3", "unknown", "'batch_size'"]),
+        (["--btch-size=3"], ["btch-size", "'batch_size'"]),
+        (["--BATCH_SIZE=3"], ["BATCH_SIZE", "'batch_size'"]),
+        (["--btch_size", "3"], ["btch_size", "'batch_size'"]),
+        (["--no_batch_size"], ["no_batch_size", "'batch_size'"]),
+        (["--zzzzzzzz=1"], ["zzzzzzzz", "--help"]),
+        (["--__name__=x"], ["__name__"]),
+        (["batch_size=3"], ["--batch_size=3"]),
+        (["-batch_size=3"], ["--batch_size=3"]),
+        (["--batch_size"], ["batch_size", "needs a value"]),
+        (["--batch_size", "--wandb_log"], ["batch_size", "needs a value"]),
+        (["32"], ["32", "config file"]),
+        (["-x"], ["-x", "--key=value"]),
+        (["--"], ["unknown"]),
+        (["--batch_size=abc"], ["--batch_size=abc", "an int", "'abc'"]),
+        (["--batch_size="], ["batch_size", "an int"]),
+        (["--batch_size=2.5"], ["batch_size", "2.5"]),
+        (["--batch_size=True"], ["batch_size", "'True'"]),
+        (["--batch_size=None"], ["batch_size", "'None'"]),
+        (["--batch_size=inf"], ["batch_size", "inf"]),
+        (["--batch_size=9**9**9**9"], ["batch_size"]),
+        (["--batch_size=(2**1000)**1000"], ["batch_size"]),
+        (["--batch_size=1/0"], ["batch_size"]),
+        (["--learning_rate=(-8)**0.5"], ["learning_rate"]),
+        (["--batch_size=__import__('os').getpid()"], ["batch_size"]),
+        (["--batch_size=" + "(" * 5000], ["batch_size"]),
+        (["--batch_size=0"], ["batch_size", "at least 1", "not 0"]),
+        (["--batch_size", "0"], ["--batch_size=0", "at least 1"]),
+        (["--learning_rate=nan"], ["learning_rate", "nan"]),
+        (["--learning_rate=-1"], ["learning_rate", "at least 0"]),
+        (["--dropout=1"], ["dropout", "below 1"]),
+        (["--seed=2**32"], ["seed", "below 4294967296"]),
+        (["--compile=yes"], ["compile", "True or False", "'yes'"]),
+        (["--compile=2"], ["compile", "True or False"]),
+        (["--dtype=fp16"], ["dtype", "'float16'", "'fp16'"]),
+        (["--out_dir=a\nb", "--batch_size=c\nd"], ["batch_size", "c\\nd"]),
+    ],
+)
+def test_a_bad_command_line_is_one_line(argv, words):
+    message = bad(TrainConfig, argv)
+    assert all(word in message for word in words), message
+
+
+def test_an_optional_number_says_that_none_would_do():
+    assert "or None" in bad(Plain, ["--top_k=x"])
+    assert "at least 1" in bad(Plain, ["--top_k=0"])
+    assert "at most 1" in bad(Plain, ["--level=1.5"])
+
+
+ARGUMENTS = st.one_of(
+    st.text(max_size=8),
+    st.text(max_size=8).map("--{}".format),
+    st.builds("--{}={}".format, st.sampled_from([*asdict(Plain()), "nmae", "help"]), LITERALS),
+    st.sampled_from([f"--{key}" for key in asdict(Plain())]),
+    st.sampled_from(["--help", "-h", "--", "-", "None", "3", "--no_flag", str(ROOT / "config/train_gpt2.py")]),
+)
+
+
+@given(st.lists(ARGUMENTS, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_no_command_line_gives_a_traceback(argv):
+    config, code, out, err = run(Plain, argv)
+    if config is not None:
+        assert code is None and err == ""
+    elif code == 0:
+        assert out and err == "" and ("--help" in argv or "-h" in argv)
+    else:
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_an_objection_of_the_dataclass_itself_is_one_line_too():
+    @dataclass(frozen=True)
+    class Heads:
+        n_head: int = 4
+        n_embd: int = 8
+
+        def __post_init__(self):
+            if self.n_embd % self.n_head:
+                raise ValueError(
+                    f"{self.n_head} heads do not divide {self.n_embd}, and this text is long enough to wrap"
+                )
+
+    assert "3 heads do not divide 8, and this text is long enough to wrap" in bad(Heads, ["--n_head=3"])
+
+
+# ---- config files: accepted
+
+
+def test_a_config_file_may_do_what_nanogpts_do(write):
+    path = write(
+        "# comment\n"
+        "import time\n"
+        "from math import pi\n"
+        "from pathlib import Path\n"
+        "wandb_run_name = 'ft-' + str(time.time())\n"
+        "gradient_accumulation_steps = 5 * 8\n"
+        "batch_size: int = 8\n"
+        "_tokens = batch_size * block_size\n"
+        "def per_update(): return _tokens * gradient_accumulation_steps\n"
+        "max_iters = int(1e9 // per_update())\n"
+        "lr_decay_iters = max_iters\n"
+        "learning_rate = 1\n"
+        "warmup_iters = 1e2\n"
+        "class Helper: pass\n"
+    )
+    config = good(TrainConfig, [path])
+    assert config.wandb_run_name.startswith("ft-1")
+    assert config.gradient_accumulation_steps == 40
+    assert config.max_iters == config.lr_decay_iters == 10**9 // (8 * 1024 * 40)
+    assert config.learning_rate == 1.0 and type(config.learning_rate) is float
+    assert config.warmup_iters == 100 and type(config.warmup_iters) is int
+
+
+def test_a_later_file_reads_and_overrides_an_earlier_one(write):
+    first, second = write("batch_size = 3\nblock_size = 7", "a.py"), write("batch_size = batch_size * 2", "b.py")
+    config = good(TrainConfig, [first, second])
+    assert (config.batch_size, config.block_size) == (6, 7)
+    assert good(TrainConfig, [second, first]).batch_size == 3
+
+
+def test_a_file_may_run_another_file(write):
+    base = write("batch_size = 3", "base.py")
+    config, sources = configurator.parse_with_sources(
+        TrainConfig, [write(f"exec(open({base!r}).read())\nblock_size = batch_size * 2", "b.py")], quiet=True
+    )
+    assert (config.batch_size, config.block_size) == (3, 6)
+    assert set(sources) == {"batch_size", "block_size"}
+
+
+def test_a_file_saved_with_a_byte_order_mark_is_read(write):
+    assert good(TrainConfig, [write("\ufeffbatch_size = 5")]).batch_size == 5
+
+
+def test_a_global_statement_in_a_function_counts(write):
+    path = write("def go():\n    global batch_size\n    batch_size = 5\ngo()")
+    assert good(TrainConfig, [path]).batch_size == 5
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_flag_wins_over_a_file_wherever_it_stands(write, order):
+    path = write("batch_size = 3\nblock_size = 8\nmax_iters = batch_size")
+    argv = ["--batch_size=32", path] if order else [path, "--batch_size=32"]
+    config, _, out, _ = run(TrainConfig, argv)
+    assert (config.batch_size, config.block_size) == (32, 8)
+    assert config.max_iters == 3  # files do not see flags
+    assert ("note: " in out) == bool(order)
+
+
+def test_the_override_lines_are_nanogpts(write):
+    path = write("batch_size = 3 # why\n")
+    _, _, out, _ = run(TrainConfig, [path, "--learning_rate=1e-3", "--out_dir='x'"])
+    assert out == (
+        f"Overriding config with {path}:\nbatch_size = 3 # why\n\n"
+        "Overriding: learning_rate = 0.001\nOverriding: out_dir = x\n"
+    )
+
+
+def test_quiet_prints_nothing(write, capsys):
+    configurator.parse_with_sources(TrainConfig, [write("batch_size = 3"), "--seed=1"], quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+@given(st.builds(Plain, name=st.text(), count=st.integers(), rate=st.floats(), flag=st.booleans()))
+@settings(max_examples=50, deadline=None)
+def test_what_print_sources_prints_is_a_config_file(tmp_path_factory, plain):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        configurator.print_sources(plain, {})
+    path = tmp_path_factory.mktemp("printed") / "c.py"
+    header = "from math import inf, nan\n"
+    path.write_text(header + out.getvalue(), encoding="utf-8")
+    assert repr(good(Plain, [str(path)])) == repr(plain)
+
+
+# ---- config files: rejected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learnin_rate = 1e-3", ["learnin_rate", "'learning_rate'"]),
+        ("tokens = batch_size * 2", ["tokens", "underscore"]),
+        ("from pathlib import Path\nroot = Path('x')", ["root"]),
+        ("batch_size = '12'", ["batch_size", "'12'"]),
+        ("batch_size = 1.5", ["batch_size", "1.5"]),
+        ("batch_size = True", ["batch_size", "True"]),
+        ("batch_size = None", ["batch_size", "None"]),
+        ("batch_size = [1,\n 2]", ["batch_size", "[1, 2]"]),
+        ("batch_size = 0", ["batch_size", "at least 1"]),
+        ("batch_size = float('inf')", ["batch_size", "inf"]),
+        ("import time as batch_size", ["batch_size"]),
+        ("def batch_size(): pass", ["batch_size"]),
+        ("learning_rate = float('nan')", ["learning_rate", "nan"]),
+        ("learning_rate = '1e-3'", ["learning_rate", "'1e-3'"]),
+        ("dropout = 1", ["dropout", "below 1"]),
+        ("compile = 1", ["compile", "True or False"]),
+        ("compile = 'False'", ["compile", "True or False"]),
+        ("out_dir = 3", ["out_dir", "a str"]),
+        ("out_dir = None", ["out_dir", "a str"]),
+        ("from pathlib import Path\nout_dir = Path('x')", ["out_dir", "a str"]),
+        ("dtype = 'fp16'", ["dtype", "'fp16'", "'float16'"]),
+        ("batch_size = 3\n\nfoo(bar", ["line 3", "SyntaxError"]),
+        ("\nbatch_size = undefined_name", ["line 2", "NameError", "undefined_name"]),
+        ("def f():\n    return 1 / 0\nf()", ["line 2", "ZeroDivisionError"]),
+        ("import no_such_module_here", ["line 1", "no_such_module_here"]),
+        ("raise ValueError('two\\nlines')", ["line 1", "two\\nlines"]),
+        ("raise SystemExit(0)", ["line 1", "SystemExit"]),
+        ("batch_size = 3\x00", [""]),
+    ],
+)
+def test_a_bad_config_file_is_one_line_that_names_the_file(write, text, words):
+    path = write(text)
+    message = bad(TrainConfig, [path])
+    assert path in message and all(word in message for word in words), message
+
+
+def test_a_file_may_clear_only_an_optional_option(write):
+    assert good(Plain, [write("top_k = None")]).top_k is None
+    assert "top_k" in bad(Plain, [write("top_k = 0")])
+
+
+def test_a_missing_file_is_named_with_its_nearest_neighbour(write, tmp_path, monkeypatch):
+    neighbour = write("", "train_small.py")
+    assert neighbour in bad(TrainConfig, [str(tmp_path / "train_smal.py")])
+    monkeypatch.chdir(ROOT)
+    assert "did you mean config/train_gpt2.py?" in bad(TrainConfig, ["train_gpt2"])
+    assert "did you mean" not in bad(TrainConfig, ["zzzzzzzzzz"])
+
+
+def test_a_folder_and_a_binary_file_are_one_line(tmp_path):
+    (tmp_path / "b.py").write_bytes(b"\xff\xfe\x00")
+    for path in (str(tmp_path), str(tmp_path / "b.py"), "", "nul\x00"):
+        assert "config file" in bad(TrainConfig, [path])
+
+
+# ---- defaults, sources, help, entry
+
+
+def test_options_start_from_the_given_default(write):
+    saved = TrainConfig(batch_size=5, block_size=6, max_iters=7)
+    config = good(TrainConfig, [write("block_size = block_size + 1"), "--max_iters=9"], default=saved)
+    assert (config.batch_size, config.block_size, config.max_iters) == (5, 7, 9)
+
+
+def test_sources_name_what_was_given_and_nothing_else(write):
+    path = write("batch_size = 12\nblock_size = 8\nseed = 1")  # 12 is the default: given all the same
+    argv = [path, "--seed=2", "--wandb_log", "--n_layer", "3", "--no_compile"]
+    _, sources = configurator.parse_with_sources(TrainConfig, argv, quiet=True)
+    assert sources == {
+        "batch_size": path,
+        "block_size": path,
+        "seed": "--seed=2",
+        "wandb_log": "--wandb_log",
+        "n_layer": "--n_layer=3",
+        "compile": "--no_compile",
+    }
+
+
+def test_print_sources_shows_every_option_and_where_it_came_from(capsys):
+    configurator.print_sources(TrainConfig(batch_size=3), {"batch_size": "--batch_size=3"}, default_label="saved run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(asdict(TrainConfig()))
+    table = {line.split(" = ")[0].strip(): line for line in lines}
+    assert table["batch_size"].split() == ["batch_size", "=", "3", "#", "--batch_size=3"]
+    assert table["out_dir"].endswith("# saved run")
+    assert len({line.index("#") for line in lines}) == 1
+
+
+def test_argv_is_the_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_jax.py", "--batch_size=3"])
+    assert configurator.parse_with_sources(TrainConfig, quiet=True)[0].batch_size == 3
+
+
+def test_parse_with_sources_leaves_the_error_to_the_caller():
+    with pytest.raises(ConfigError, match="batch_size"):
+        configurator.parse_with_sources(TrainConfig, ["--btch_size=3"], quiet=True)
+
+
+def test_help_shows_the_values_after_a_config_file_and_needs_no_jax():
+    program = (
+        "import sys, configurator, train_jax\n"
+        "try:\n    configurator.parse(train_jax.TrainConfig)\n"
+        "finally:\n    assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "config/train_shakespeare_char.py", "--help"],
+        cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+    assert "Overriding" not in done.stdout
+    words = " ".join(done.stdout.replace("│", " ").split())
+    entries = {entry.split()[0]: entry for entry in words.partition("-h, --help")[2].split(" --")[1:]}
+    assert set(entries) == set(asdict(TrainConfig()))
+    assert all("(default: " in entry for entry in entries.values())
+    assert "(default: 64)" in entries["batch_size"] and "(default: shakespeare_char)" in entries["dataset"]
+    assert "attention heads" in entries["n_head"]
+
+
+def test_one_line_errors_takes_expected_errors_and_leaves_bugs(capsys):
+    with pytest.raises(SystemExit) as stop, configurator.one_line_errors(FileNotFoundError):
+        raise FileNotFoundError("no\ndata")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no\\ndata\n"
+    with pytest.raises(SystemExit), configurator.one_line_errors():
+        raise ConfigError("x")
+    with pytest.raises(ZeroDivisionError), configurator.one_line_errors(FileNotFoundError):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("between", "inside", "outside"),
+    [
+        (Between(1), [1, 10**30, math.inf], [0, -1, math.nan]),
+        (Between(0, high=2), [0, 2], [-1, 3, math.nan, math.inf]),
+        (Between(0.0, below=1.0), [0.0, 0.999], [1.0, -1e-9, math.nan]),
+        (Between(-math.inf), [-1e9, 0, math.inf], [math.nan]),
+    ],
+)
+def test_a_range_includes_its_ends_but_not_below(between, inside, outside):
+    assert all(value in between for value in inside)
+    assert not any(value in between for value in outside)
+
+
+# ---- the config files of this repository, against nanoGPT's values
+
+EVAL = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
+CONFIG_FILES: dict[str, dict[str, Any]] = {
+    "train_gpt2": {
+        "wandb_log": True, "wandb_project": "owt", "wandb_run_name": "gpt2-124M", "batch_size": 12,
+        "block_size": 1024, "gradient_accumulation_steps": 40, "max_iters": 600000, "lr_decay_iters": 600000,
+        "eval_interval": 1000, "eval_iters": 200, "log_interval": 10, "weight_decay": 0.1,
+    },
+    "train_shakespeare_char": {
+        "out_dir": "out-shakespeare-char", "eval_interval": 250, "eval_iters": 200, "log_interval": 10,
+        "always_save_checkpoint": False, "wandb_log": False, "wandb_project": "shakespeare-char",
+        "wandb_run_name": "mini-gpt", "dataset": "shakespeare_char", "gradient_accumulation_steps": 1,
+        "batch_size": 64, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2,
+        "learning_rate": 1e-3, "max_iters": 5000, "lr_decay_iters": 5000, "min_lr": 1e-4, "beta2": 0.99,
+        "warmup_iters": 100,
+    },
+    "finetune_shakespeare": {
+        "out_dir": "out-shakespeare", "eval_interval": 5, "eval_iters": 40, "wandb_log": False,
+        "wandb_project": "shakespeare", "wandb_run_name": ..., "dataset": "shakespeare", "init_from": "gpt2-xl",
+        "always_save_checkpoint": False, "batch_size": 1, "gradient_accumulation_steps": 32, "max_iters": 20,
+        "learning_rate": 3e-5, "decay_lr": False,
+    },
+    "eval_gpt2": {**EVAL, "init_from": "gpt2"},
+    "eval_gpt2_medium": {**EVAL, "init_from": "gpt2-medium"},
+    "eval_gpt2_large": {**EVAL, "init_from": "gpt2-large"},
+    "eval_gpt2_xl": {**EVAL, "init_from": "gpt2-xl"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_our_config_files_have_nanogpts_values(name):
+    path = str(ROOT / f"config/{name}.py")
+    config, sources = configurator.parse_with_sources(TrainConfig, [path], quiet=True)
+    expected = dict(CONFIG_FILES[name])
+    assert set(sources) == set(expected)
+    if expected.get("wandb_run_name") is ...:
+        expected["wandb_run_name"] = config.wandb_run_name
+        assert config.wandb_run_name.startswith("ft-")
+    assert asdict(config) == {**asdict(TrainConfig()), **expected}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_is_accepted(path):
+    good(TrainConfig, [str(path)])
+
+
+def test_the_defaults_are_nanogpts():
+    nanogpt = {
+        "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+        "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+        "wandb_run_name": "gpt2", "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12,
+        "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
+        "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+        "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5,
+        "backend": "nccl", "compile": True,
+        # not nanoGPT's: where the run lives, and what the machine decides
+        "out_dir": "out_jax", "device": "auto", "dtype": "auto", "seed": 1337,
+    }  # fmt: skip
+    defaults = asdict(TrainConfig())
+    assert {key: defaults[key] for key in nanogpt} == nanogpt

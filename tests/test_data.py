@@ -1,0 +1,636 @@
+"""Token files, batches, meta data and codecs (jax_data.py).
+
+python -m pytest tests/test_data.py
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jax_data
+from jax_data import DataError, check_dataset, find_data_dir, get_batch, load_meta, make_codec, prefetch, write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+TIKTOKEN_CACHE = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiktoken_cache"
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def make_data(folder: Path, n_train: int = 1000, n_val: int = 300, dtype: str = "uint16") -> Path:
+    """A data set whose token at offset i is i in train.bin and 20,000 + i in val.bin."""
+    write_dataset(folder, "gpt2", 50257, np.arange(n_train), 20_000 + np.arange(n_val), dtype=dtype)
+    return folder
+
+
+def starts_of(data_dir: Path, split: str, step: int, **options) -> list[int]:
+    x_BT, _ = get_batch(data_dir, split, step, **options)
+    return (x_BT[:, 0] - (20_000 if split == "val" else 0)).tolist()
+
+
+# ---- batches ------------------------------------------------------------------------------------------------
+
+
+def test_batch_is_int32_and_y_is_x_moved_on_by_one(tmp_path):
+    make_data(tmp_path)
+    x_BT, y_BT = get_batch(tmp_path, "train", 3, seed=1, batch_size=5, block_size=16)
+    assert x_BT.shape == y_BT.shape == (5, 16)
+    assert x_BT.dtype == y_BT.dtype == np.int32
+    np.testing.assert_array_equal(y_BT, x_BT + 1)  # the tokens count upwards
+    np.testing.assert_array_equal(x_BT, x_BT[:, :1] + np.arange(16))
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_batch_depends_on_its_arguments_only(tmp_path, sampling):
+    make_data(tmp_path)
+    options = {"seed": 7, "batch_size": 4, "block_size": 8, "sampling": sampling}
+    wanted = get_batch(tmp_path, "train", 11, **options)
+    for step in (0, 500, 3):
+        get_batch(tmp_path, "val", step, **options)
+        get_batch(tmp_path, "train_eval", step, **options)
+    wanted[0][:] = -1  # a caller may write into a batch: it is the caller's own
+    again = get_batch(tmp_path, "train", 11, **options)
+    assert again[0].min() >= 0
+    np.testing.assert_array_equal(again[1], wanted[1])
+    code = (
+        "import sys; from jax_data import get_batch; import json;"
+        f"print(json.dumps(get_batch(sys.argv[1], 'train', 11, **{options!r})[0].tolist()))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    assert json.loads(output) == again[0].tolist()
+
+
+def test_row_does_not_depend_on_batch_size(tmp_path):
+    make_data(tmp_path)
+    few = starts_of(tmp_path, "train", 5, seed=3, batch_size=3, block_size=8)
+    many = starts_of(tmp_path, "train", 5, seed=3, batch_size=40, block_size=8)
+    assert many[:3] == few
+
+
+def test_splits_steps_and_seeds_are_streams_of_their_own(tmp_path):
+    make_data(tmp_path, n_train=1000, n_val=1000)
+    for sampling in ("random", "epoch"):
+        drawn = [
+            tuple(starts_of(tmp_path, split, step, seed=seed, batch_size=8, block_size=8, sampling=sampling))
+            for split in ("train", "val", "train_eval")
+            for step in (0, 1)
+            for seed in (0, 1)
+        ]
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_train_eval_reads_the_training_file_and_val_its_own(tmp_path):
+    make_data(tmp_path)
+    assert get_batch(tmp_path, "train_eval", 0, seed=0, batch_size=64, block_size=8)[1].max() < 1000
+    assert get_batch(tmp_path, "val", 0, seed=0, batch_size=64, block_size=8)[0].min() >= 20_000
+
+
+def philox(key: tuple[int, int], n: int) -> list[int]:
+    """Philox4x64-10 in plain integers, after Salmon et al. 2011: n numbers from counter 1 on, as numpy does."""
+    mask, drawn = 2**64 - 1, []
+    for counter in range(1, n // 4 + 2):
+        a, b, c, d = counter, 0, 0, 0
+        k0, k1 = key
+        for _ in range(10):
+            left, right = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+            a, b, c, d = (right >> 64) ^ b ^ k0, right & mask, (left >> 64) ^ d ^ k1, left & mask
+            k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+        drawn += [a, b, c, d]
+    return drawn[:n]
+
+
+@pytest.mark.parametrize(("split", "tag"), [("train", 0), ("val", 1), ("train_eval", 2)])
+@pytest.mark.parametrize(("seed", "step"), [(1337, 0), (1337, 4999), (0, 1), (2**32 - 1, 600_000)])
+def test_starts_equal_an_independent_computation(tmp_path, split, tag, seed, step):
+    make_data(tmp_path, n_train=1000, n_val=1000)
+    raw = philox((seed ^ (tag << 32), step), 6)
+    by_hand = [int(Fraction(bits >> 11, 2**53) * (1000 - 8)) for bits in raw]
+    assert starts_of(tmp_path, split, step, seed=seed, batch_size=6, block_size=8) == by_hand
+
+
+def test_starts_stay_what_they_were(tmp_path):
+    """Golden values: another sampler would silently change every run that is resumed."""
+    make_data(tmp_path, n_train=1000, n_val=1000)
+    assert starts_of(tmp_path, "train", 0, seed=1337, batch_size=4, block_size=8) == GOLDEN["train"]
+    assert starts_of(tmp_path, "val", 7, seed=1337, batch_size=4, block_size=8) == GOLDEN["val"]
+    epoch = starts_of(tmp_path, "train", 31, seed=1337, batch_size=4, block_size=8, sampling="epoch")
+    assert epoch == GOLDEN["epoch"]  # 124 blocks: the second epoch's first four
+
+
+GOLDEN = {"train": [912, 976, 112, 820], "val": [269, 388, 706, 809], "epoch": [952, 144, 288, 464]}
+
+
+@pytest.mark.parametrize("n_tokens", [9, 10, 13])
+def test_every_start_can_be_drawn_and_the_last_token_is_reached(tmp_path, n_tokens):
+    make_data(tmp_path, n_train=n_tokens)
+    x_BT, y_BT = get_batch(tmp_path, "train", 0, seed=0, batch_size=500, block_size=8)
+    assert set(x_BT[:, 0].tolist()) == set(range(n_tokens - 8))
+    assert y_BT.max() == n_tokens - 1
+
+
+@relaxed
+@given(
+    n_tokens=st.integers(2, 60),
+    block_size=st.integers(1, 20),
+    batch_size=st.integers(1, 80),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_epoch_visits_each_block_once(tmp_path, n_tokens, block_size, batch_size, seed):
+    block_size = min(block_size, n_tokens - 1)
+    blocks = (n_tokens - 1) // block_size
+    folder = tmp_path / str(n_tokens)
+    if not folder.exists():
+        make_data(folder, n_train=n_tokens)
+    options = {"seed": seed, "batch_size": batch_size, "block_size": block_size, "sampling": "epoch"}
+    steps = -(-3 * blocks // batch_size)
+    starts = [start for step in range(steps) for start in starts_of(folder, "train", step, **options)]
+    for epoch in range(3):
+        visited = starts[epoch * blocks : (epoch + 1) * blocks]
+        assert sorted(visited) == [block * block_size for block in range(blocks)]
+
+
+def test_epochs_differ_in_order(tmp_path):
+    make_data(tmp_path)
+    first, second = (
+        starts_of(tmp_path, "train", k, seed=0, batch_size=124, block_size=8, sampling="epoch") for k in (0, 1)
+    )
+    assert sorted(first) == sorted(second)
+    assert first != second != sorted(second)
+
+
+def test_file_prepared_again_in_place_is_read_anew_and_not_reopened_meanwhile(tmp_path):
+    options: dict[str, Any] = {"seed": 0, "batch_size": 4, "block_size": 8}
+    make_data(tmp_path)
+    jax_data._map_windows.cache_clear()
+    for step in range(5):
+        get_batch(tmp_path, "train", step, **options)
+    assert jax_data._map_windows.cache_info().misses == 1
+    write_dataset(tmp_path, "gpt2", 50257, np.full(1000, 42), np.full(1000, 43))  # the same sizes
+    assert (get_batch(tmp_path, "train", 0, **options)[0] == 42).all()
+    write_dataset(tmp_path, "gpt2", 70_000, np.full(1000, 69_999), np.full(1000, 43), dtype="uint32")
+    assert (get_batch(tmp_path, "train", 0, **options)[0] == 69_999).all()
+
+
+def test_uint32_ids_are_read_whole(tmp_path):
+    write_dataset(tmp_path, "other", 200_000, 100_000 + np.arange(100), np.arange(100), dtype="uint32")
+    check_dataset(tmp_path, 8, 200_000)
+    assert get_batch(tmp_path, "train", 0, seed=0, batch_size=2, block_size=8)[0].min() >= 100_000
+
+
+def test_batch_of_missing_or_short_data_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"train\.bin is missing: run"):
+        get_batch(tmp_path, "train", 0, seed=0, batch_size=1, block_size=8)
+    make_data(tmp_path, n_train=8)
+    with pytest.raises(DataError, match="8 tokens, too few for block_size 8"):
+        get_batch(tmp_path, "train", 0, seed=0, batch_size=1, block_size=8)
+    good: dict[str, Any] = {"split": "val", "step": 0, "seed": 0, "batch_size": 1, "block_size": 8}
+    for wrong in ({"split": "test"}, {"sampling": "shuffle"}):
+        with pytest.raises(ValueError, match="unknown"):
+            get_batch(tmp_path, **{**good, **wrong})
+
+
+def test_module_does_not_import_jax():
+    code = "import sys, jax_data; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- prefetching --------------------------------------------------------------------------------------------
+
+
+def test_prefetch_yields_every_step_in_order():
+    batches = prefetch(lambda step: step * step, start=5)
+    assert [next(batches) for _ in range(50)] == [step * step for step in range(5, 55)]
+    batches.close()
+
+
+def test_prefetch_is_at_most_two_ahead():
+    made: list[int] = []
+    enough = threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        if step == 2:
+            enough.set()
+        return step
+
+    batches = prefetch(make, start=0)
+    assert next(batches) == 0
+    assert enough.wait(30)  # steps 1 and 2 are made while 0 is in use ...
+    time.sleep(0.1)  # a thread that ran further ahead would show here
+    batches.close()
+    assert made == [0, 1, 2]  # ... and no more
+
+
+def test_prefetch_raises_the_threads_exception_where_the_batch_is_asked_for():
+    def make(step: int) -> int:
+        if step == 2:
+            raise DataError("the disk is gone")
+        return step
+
+    batches = prefetch(make, start=0)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(batches)
+    with pytest.raises(StopIteration):  # and asking again does not hang
+        next(batches)
+
+
+@pytest.mark.parametrize("leave", ["close", "drop"])
+def test_prefetch_ends_its_thread_when_the_consumer_stops_early(leave):
+    threads: list[threading.Thread] = []
+
+    def make(step: int) -> int:
+        threads.append(threading.current_thread())
+        return step
+
+    batches = prefetch(make, start=0)
+    next(batches)
+    if leave == "close":
+        batches.close()
+    del batches
+    threads[0].join(30)
+    assert not threads[0].is_alive()
+
+
+def test_program_that_leaves_a_prefetcher_running_ends():
+    code = "from jax_data import prefetch; batches = prefetch(lambda step: step, 0); next(batches); raise SystemExit(7)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 7
+
+
+# ---- checking a data set ------------------------------------------------------------------------------------
+
+
+def test_check_accepts_good_data(tmp_path):
+    check_dataset(make_data(tmp_path), block_size=299, vocab_size=20_300)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_check_names_a_missing_file_and_the_command(tmp_path, name):
+    (make_data(tmp_path) / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing: run `python .*prepare_text.py --input=FILE"):
+        check_dataset(tmp_path, 8, 50257)
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(DataError, match=f"run `python {tmp_path / 'prepare.py'}`"):
+        check_dataset(tmp_path, 8, 50257)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(0, "uint16"), (1999, "uint16"), (398, "uint32")])
+def test_check_refuses_a_size_that_is_no_number_of_tokens(tmp_path, size, dtype):
+    os.truncate(make_data(tmp_path, dtype=dtype) / "train.bin", size)
+    with pytest.raises(DataError, match=rf"train\.bin has {size:,} bytes.*{dtype} tokens.*cut short"):
+        check_dataset(tmp_path, 8, 50257)
+
+
+def test_check_refuses_a_file_cut_between_tokens(tmp_path):
+    os.truncate(make_data(tmp_path) / "val.bin", 500)
+    with pytest.raises(DataError, match=r"val\.bin holds 250 tokens, but meta\.json says 300"):
+        check_dataset(tmp_path, 8, 50257)
+
+
+def test_check_wants_more_tokens_than_a_block(tmp_path):
+    make_data(tmp_path, n_val=100)
+    check_dataset(tmp_path, 99, 50257)
+    with pytest.raises(DataError, match=r"val\.bin holds 100 tokens, too few for block_size 100"):
+        check_dataset(tmp_path, 100, 50257)
+
+
+def test_check_refuses_uint32_ids_that_nothing_declares(tmp_path):
+    make_data(tmp_path, dtype="uint32")
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(DataError, match="uint32"):
+        check_dataset(tmp_path, 8, 50304)
+
+
+@pytest.mark.parametrize("offset", [0, 70, 999])
+def test_check_names_file_offset_and_id_of_the_first_token_out_of_range(tmp_path, monkeypatch, offset):
+    monkeypatch.setattr(jax_data, "SCAN_WINDOW", 64)
+    ids = np.zeros(1000, np.uint16)
+    ids[[offset, 999]] = 65, 66 if offset < 999 else 65
+    write_dataset(tmp_path, "gpt2", 50257, ids, ids[:10])
+    with pytest.raises(
+        DataError, match=rf"train\.bin: token id 65 at offset {offset} is not below the vocab_size of 65"
+    ):
+        check_dataset(tmp_path, 8, 65)
+    check_dataset(tmp_path, 8, 67)
+
+
+def test_check_of_a_large_file_looks_at_both_ends_and_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax_data, "SCAN_WINDOW", 10)
+    monkeypatch.setattr(jax_data, "FULL_SCAN_TOKENS", 50)
+    seen = {i for start in jax_data._scan_starts(1001) for i in range(start, start + 10)}
+    assert {0, 1000} < seen
+    assert len(seen) == 50
+    ids = np.zeros(1001, np.uint16)
+    ids[1000] = 99
+    write_dataset(tmp_path, "gpt2", 50257, ids, ids[:20])
+    with pytest.raises(DataError, match="id 99 at offset 1000"):
+        check_dataset(tmp_path, 8, 99)
+
+
+# ---- finding a data set -------------------------------------------------------------------------------------
+
+
+def test_data_set_is_found_here_then_beside_the_module_then_by_path(tmp_path, monkeypatch):
+    here, product, elsewhere = tmp_path / "here", tmp_path / "product", tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(jax_data, "__file__", str(product / "jax_data.py"))
+    make_data(elsewhere)
+    assert find_data_dir(str(elsewhere)) == elsewhere
+    assert find_data_dir("../elsewhere") == Path("../elsewhere")
+    make_data(product / "data" / "mine")
+    assert find_data_dir("mine") == product / "data" / "mine"
+    make_data(here / "data" / "mine")
+    assert find_data_dir("mine") == Path("data/mine")
+
+
+def test_data_set_that_is_missing_names_the_command_and_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax_data, "__file__", str(tmp_path / "jax_data.py"))
+    make_data(tmp_path / "data" / "mine")
+    with pytest.raises(
+        DataError, match=r"no data set 'other': run `python .*--out=data/other.*\(prepared here: mine\)"
+    ):
+        find_data_dir("other")
+    (tmp_path / "data" / "other").mkdir()
+    (tmp_path / "data" / "other" / "prepare.py").touch()
+    with pytest.raises(DataError, match=r"run `python data/other/prepare\.py`"):
+        find_data_dir("other")
+
+
+# ---- meta data ----------------------------------------------------------------------------------------------
+
+
+def test_meta_is_none_where_there_is_none(tmp_path):
+    assert load_meta(tmp_path) is None
+
+
+def test_written_meta_is_read_back(tmp_path):
+    meta = write_dataset(tmp_path, "char", 3, [0, 1, 2, 0], [2], itos=["a", "b", "é"])
+    assert meta == {
+        "tokenizer": "char", "vocab_size": 3, "dtype": "uint16", "train_tokens": 4, "val_tokens": 1,
+        "itos": ["a", "b", "é"],
+    }  # fmt: skip
+    assert load_meta(tmp_path) == meta
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_meta_json_wins_over_meta_pkl_which_alone_says_the_same(tmp_path):
+    write_dataset(tmp_path, "char", 3, [0, 1], [2], itos=["a", "b", "c"])
+    (tmp_path / "meta.json").unlink()
+    from_pickle = {"tokenizer": "char", "vocab_size": 3, "dtype": "uint16", "itos": ["a", "b", "c"]}
+    assert load_meta(tmp_path) == from_pickle
+    write_dataset(tmp_path, "bytes", 256, [0, 1], [2])
+    assert load_meta(tmp_path) == {
+        "tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16", "train_tokens": 2, "val_tokens": 1,
+    }  # fmt: skip
+    assert not (tmp_path / "meta.pkl").exists()  # it described the characters that were here before
+
+
+def test_ids_may_come_in_pieces(tmp_path):
+    pieces = (np.arange(start, start + 10) for start in (0, 10, 20))
+    meta = write_dataset(tmp_path, "bytes", 256, pieces, iter([np.arange(9)]))
+    assert (meta["train_tokens"], meta["val_tokens"]) == (30, 9)
+    assert np.fromfile(tmp_path / "train.bin", np.uint16).tolist() == list(range(30))
+
+
+def test_writing_refuses_ids_out_of_range_no_tokens_and_a_file_in_the_way(tmp_path):
+    with pytest.raises(DataError, match="ids from 0 to 300"):
+        write_dataset(tmp_path / "a", "bytes", 256, [0, 300], [1])
+    with pytest.raises(DataError, match=r"nothing to write to .*val\.bin"):
+        write_dataset(tmp_path / "b", "bytes", 256, [0, 1], [])
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("train.bin", "val.bin", "meta.json")]
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        write_dataset(tmp_path / "file", "bytes", 256, [0, 1], [1])
+    with pytest.raises(DataError, match="does not fit uint16"):
+        write_dataset(tmp_path / "c", "other", 70_000, [0, 1], [1])
+
+
+class Bomb:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_malicious_pickle_is_refused_and_not_executed(tmp_path, protocol):
+    proof = tmp_path / "proof"
+    meta = {"vocab_size": 1, "itos": {0: "a"}, "stoi": {"a": 0}, "more": Bomb(f"touch {proof}")}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    with pytest.raises(DataError, match=r"meta\.pkl is refused.*system"):
+        load_meta(tmp_path)
+    assert not proof.exists()
+
+
+CHAR_META = {
+    "tokenizer": "char",
+    "vocab_size": 2,
+    "dtype": "uint16",
+    "train_tokens": 9,
+    "val_tokens": 9,
+    "itos": ["a", "b"],
+}
+BAD_VALUES = [
+    ("tokenizer", 1), ("vocab_size", 0), ("vocab_size", -1), ("vocab_size", "2"), ("vocab_size", True),
+    ("vocab_size", 2.0), ("vocab_size", 3), ("vocab_size", 10**30), ("dtype", "int8"), ("dtype", []),
+    ("train_tokens", -1), ("val_tokens", "9"), ("itos", None), ("itos", ["a"]), ("itos", ["a", 1]),
+    ("itos", ["a", "a"]), ("itos", {"0": "a", "1": "b"}), ("itos", ["a", "\ud800"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_meta_with_a_bad_value_is_refused_in_one_line(tmp_path, key, value):
+    (tmp_path / "meta.json").write_text(json.dumps({**CHAR_META, key: value}))
+    with pytest.raises(DataError, match=r"meta\.json") as caught:
+        load_meta(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truth_value_is_no_vocab_size(tmp_path):
+    (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": true, "dtype": "uint16"}')
+    with pytest.raises(DataError, match="vocab_size is True"):
+        load_meta(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "vocab_size", "dtype", "itos"])
+def test_meta_without_a_key_is_refused(tmp_path, key):
+    (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in CHAR_META.items() if k != key}))
+    with pytest.raises(DataError, match=key):
+        load_meta(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"\\ud800"', "NaN", "1" * 10_000, "\x00"])
+def test_meta_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(DataError, match=r"meta\.json"):
+        load_meta(tmp_path)
+
+
+def assert_meta_is_valid_or_refused(folder: Path) -> None:
+    try:
+        meta = load_meta(folder)
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert meta is not None
+        assert jax_data.check_meta(meta, "here") == meta
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """Some bytes replaced, removed or inserted."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        data[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=9))
+    return bytes(data)
+
+
+@relaxed
+@given(content=damaged(json.dumps(CHAR_META).encode()) | st.binary(max_size=50))
+def test_damaged_meta_json_never_gives_anything_but_a_data_error(tmp_path, content):
+    (tmp_path / "meta.json").write_bytes(content)
+    assert_meta_is_valid_or_refused(tmp_path)
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@relaxed
+@given(key=st.sampled_from(sorted(CHAR_META)), value=any_json)
+def test_meta_json_with_any_value_anywhere_never_gives_anything_but_a_data_error(tmp_path, key, value):
+    (tmp_path / "meta.json").write_text(json.dumps({**CHAR_META, key: value}))
+    assert_meta_is_valid_or_refused(tmp_path)
+
+
+NANOGPT_META = {"vocab_size": 3, "itos": {0: "\n", 1: "a", 2: "b"}, "stoi": {"\n": 0, "a": 1, "b": 2}}
+
+
+@settings(relaxed, max_examples=300)
+@given(content=st.sampled_from([0, 2, 4]).flatmap(lambda protocol: damaged(pickle.dumps(NANOGPT_META, protocol))))
+def test_damaged_meta_pkl_never_gives_anything_but_a_data_error(tmp_path, content):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    assert_meta_is_valid_or_refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "meta", [None, [], {}, {"vocab_size": 1}, {**NANOGPT_META, "vocab_size": 2**70}, {**NANOGPT_META, "itos": {0: "a"}}]
+)
+def test_pickle_of_something_else_is_refused(tmp_path, meta):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(DataError, match=r"meta\.pkl"):
+        load_meta(tmp_path)
+
+
+def test_pickle_that_asks_for_a_huge_memo_costs_nothing(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(b"\x80\x04}r\xff\xff\xff\xff.")  # memo index 2**32 - 1: 64 GB in C
+    with pytest.raises(DataError, match=r"meta\.pkl"):
+        load_meta(tmp_path)
+
+
+# ---- codecs -------------------------------------------------------------------------------------------------
+
+
+def gpt2_codec(monkeypatch) -> jax_data.Codec:
+    if TIKTOKEN_CACHE.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_CACHE))
+    try:
+        return make_codec(None)
+    except DataError as error:
+        pytest.skip(f"no GPT-2 tokenizer here and no network: {error}")
+
+
+real_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@relaxed
+@given(alphabet=st.sets(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), data=st.data())
+def test_char_codec_round_trips(alphabet, data):
+    itos = sorted(alphabet)
+    codec = make_codec({"tokenizer": "char", "vocab_size": len(itos), "dtype": "uint16", "itos": itos})
+    text = data.draw(st.text(st.sampled_from(itos)))
+    ids = codec.encode(text)
+    assert Counter(ids) == Counter(itos.index(char) for char in text)
+    assert codec.decode(ids) == codec.decode(np.array(ids, np.int32)) == text
+    assert (codec.tokenizer, codec.vocab_size) == ("char", len(itos))
+
+
+def test_char_codec_names_each_unknown_character_once():
+    codec = make_codec(CHAR_META)
+    with pytest.raises(DataError, match=r"vocabulary of 2: '\\n', 'x', 'é'$"):
+        codec.encode("axéxa\nb\n")
+
+
+@relaxed
+@given(text=real_text)
+def test_bytes_codec_round_trips(text):
+    codec = make_codec({"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"})
+    assert codec.encode(text) == list(text.encode())
+    assert codec.decode(codec.encode(text)) == text
+    assert codec.vocab_size == 256
+
+
+def test_bytes_codec_shows_half_a_character_as_a_replacement():
+    codec = make_codec({"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"})
+    assert codec.decode([0x61, 0xC3]) == "a\ufffd"
+    codec.encode("\udc80")  # a stray byte on the command line
+
+
+@relaxed
+@given(text=real_text)
+def test_gpt2_codec_round_trips(text):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        codec = gpt2_codec(monkeypatch)
+    assert codec.decode(codec.encode(text)) == text
+
+
+def test_gpt2_codec_knows_end_of_text_and_nothing_above(monkeypatch):
+    codec = gpt2_codec(monkeypatch)
+    assert (codec.tokenizer, codec.vocab_size) == ("gpt2", 50257)
+    assert codec.encode("Hello world<|endoftext|>") == [15496, 995, 50256]
+    assert codec.decode([50256]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("bad", [-1, 50257, 50303, 2**40])
+def test_no_codec_decodes_ids_it_does_not_know(monkeypatch, bad):
+    for codec in (gpt2_codec(monkeypatch), make_codec(CHAR_META)):
+        with pytest.raises(DataError, match=f"token id {bad} has no text"):
+            codec.decode([0, bad])
+
+
+def test_gpt2_codec_offline_says_how_to_fill_the_cache(tmp_path):
+    code = "import jax_data\ntry: jax_data.make_codec(None)\nexcept jax_data.DataError as error: print(error)"
+    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert "set TIKTOKEN_CACHE_DIR" in output
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"tokenizer": "words", "vocab_size": 3, "dtype": "uint16"}, {**CHAR_META, "itos": None}]
+)
+def test_codec_of_bad_meta_is_refused(meta):
+    with pytest.raises(DataError, match="codec"):
+        make_codec(meta)

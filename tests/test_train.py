@@ -1,0 +1,406 @@
+"""The trainer as its users meet it: the script is started, killed, resumed, and its files are read.
+
+python -m pytest tests/test_train.py
+"""
+
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = {"time_ms", "tokens_per_s", "mfu"}  # the only fields that may differ between two equal runs
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def arrays(out_dir: Path, step: int) -> list[np.ndarray]:
+    """Everything that was saved at a step, read by another process than the one that wrote it."""
+    import orbax.checkpoint as ocp
+
+    loaded = []
+    for item in ("params", "opt_state"):
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore((out_dir / "checkpoints" / str(step) / item).resolve())
+        import jax
+
+        loaded += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return loaded
+
+
+def fingerprints(folder: Path) -> dict[str, tuple]:
+    return {
+        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def start(workdir: Path, environment: dict[str, str], *args: str) -> subprocess.Popen[str]:
+    """The trainer, left running."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_jax.py"), *args],
+        cwd=workdir, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout is not None
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a mistake is told in."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run, from start to end
+
+
+def test_run_prints_nanogpts_lines(finished, one_finished_run):
+    printed = one_finished_run[1]
+    assert "tokens per iteration will be: 128\n" in printed
+    assert re.search(r"^number of parameters: 0\.01M$", printed, re.M)
+    assert re.search(r"^found vocab_size = 15 \(inside data/tiny\)$", printed, re.M)
+    for step in (0, 10, 20):
+        assert re.search(rf"^step {step}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}$", printed, re.M)
+    scraped = re.findall(r"^iter (\d+): loss (\d\.\d{4}), time \d+\.\d\dms, mfu -100\.00%, ", printed, re.M)
+    recorded = [(str(r["iter"]), f"{r['loss']:.4f}") for r in metrics(finished) if "loss" in r]
+    assert scraped == recorded and len(scraped) == 20
+
+
+def test_run_directory_holds_what_the_design_promises(finished):
+    records = metrics(finished)
+    iterations = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val/loss" in r]
+    assert [r["iter"] for r in iterations] == list(range(20))
+    assert [r["iter"] for r in evaluations] == [0, 10, 20]
+    keys = {"iter", "loss", "lr", "grad_norm", "time_ms", "tokens_per_s", "mfu"}
+    assert all(set(r) == keys for r in iterations)
+    assert all(set(r) == {"iter", "train/loss", "val/loss", "lr", "mfu"} for r in evaluations)
+    assert evaluations[0]["val/loss"] == pytest.approx(np.log(15), abs=0.1)  # a fresh model knows nothing
+    assert evaluations[2]["val/loss"] < evaluations[0]["val/loss"] - 0.2
+    assert [r["lr"] for r in iterations][:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+
+    config = json.loads((finished / "config.json").read_text())
+    assert config["n_embd"] == 16 and config["max_iters"] == 20
+    (best,) = (finished / "best").iterdir()
+    assert best.name == str(min(evaluations[1:], key=lambda r: r["val/loss"])["iter"])
+    items = {"params", "opt_state", "meta"}
+    for folder, there in (("checkpoints/10", items), ("checkpoints/20", items), (best, items - {"opt_state"})):
+        folder = finished / folder
+        assert {p.name for p in folder.iterdir() if p.is_dir()} == there
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        on_disk = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        del on_disk["MANIFEST.json"]
+        assert manifest["files"] == {
+            name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+            for name, p in on_disk.items()
+        }
+    assert {p.name for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "best"}
+
+
+def test_ten_and_ten_more_iterations_equal_twenty_bit_for_bit(run, workdir, finished):
+    run("train_jax.py", "tiny.py", "--max_iters=10")
+    resumed = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
+    assert "resuming with max_iters = 20, which was 10 (--max_iters=20)" in resumed.stdout
+    assert without_times(metrics(workdir / "out")) == without_times(metrics(finished))
+    ours, theirs = arrays(workdir / "out", 20), arrays(finished, 20)
+    assert len(ours) == len(theirs) > 30
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_resume_in_the_middle_of_an_epoch_goes_on_with_its_order(run, workdir, finished):
+    epoch = ("tiny.py", "--sampling=epoch", "--eval_interval=7")
+    run("train_jax.py", *epoch, "--out_dir=straight")
+    run("train_jax.py", *epoch, "--max_iters=7")
+    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
+    assert without_times(metrics(workdir / "out")) == without_times(metrics(workdir / "straight"))
+    crops, blocks = ([r["loss"] for r in metrics(folder) if "loss" in r] for folder in (finished, workdir / "out"))
+    assert crops != blocks
+
+
+def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_one_never_stopped(run, workdir, environment):
+    run("train_jax.py", "tiny.py", "--out_dir=straight", "--max_iters=400", "--eval_interval=1000")
+    process = start(workdir, environment, "tiny.py", "--max_iters=400", "--eval_interval=1000")
+    wait_for_line(process, "iter 5:")
+    process.send_signal(signal.SIGTERM)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    stopped = re.search(
+        r"^stopped by SIGTERM at step (\d+) and saved; --init_from=resume goes on from there$", rest, re.M
+    )
+    assert stopped and 6 <= int(stopped[1]) < 400
+    assert (workdir / "out" / "checkpoints" / stopped[1] / "MANIFEST.json").exists()
+    run("train_jax.py", "--init_from=resume", "--out_dir=out")
+    assert without_times(metrics(workdir / "out")) == without_times(metrics(workdir / "straight"))
+
+
+def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished):
+    before = fingerprints(finished / "checkpoints")
+    process = start(
+        workdir, environment, "--init_from=resume", "--out_dir=finished", "--max_iters=22", "--eval_iters=400000"
+    )
+    wait_for_line(process, "iter 21:")  # the next thing is an evaluation of many seconds
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for it to end
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["stopped at once; nothing was saved since the last checkpoint"]
+    assert fingerprints(finished / "checkpoints") == before
+
+
+def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
+    done = run("train_jax.py", "tiny.py", "--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", expect=3)
+    assert re.match(r"error: training diverged at iteration 1: loss (nan|inf), gradient norm ", the_error(done))
+    assert not list((workdir / "out" / "checkpoints").iterdir())
+
+
+def test_bfloat16_learns_as_float32_does(run, workdir, finished):
+    done = run("train_jax.py", "tiny.py", "--dtype=bfloat16")
+    assert "computing in bfloat16 on 1 x cpu" in done.stdout
+    ours, theirs = ([r["loss"] for r in metrics(folder) if "loss" in r] for folder in (workdir / "out", finished))
+    assert ours == pytest.approx(theirs, abs=0.1) and ours != theirs
+
+
+def test_float16_resumes_exactly_with_its_loss_scale(run, workdir, finished):
+    # 2^16 times the loss overflows at first: the scale must have come down, and must come back from the checkpoint
+    run("train_jax.py", "tiny.py", "--dtype=float16", "--out_dir=straight")
+    run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=10")
+    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
+    records = metrics(workdir / "out")
+    assert without_times(records) == without_times(metrics(workdir / "straight"))
+    assert records[-1]["val/loss"] < records[0]["val/loss"] - 0.2
+
+
+def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(run, workdir):
+    # 12 rows an iteration: 4 devices take 3 each, of 8 devices 6 take 2 each
+    rows = ("tiny.py", "--gradient_accumulation_steps=3", "--dropout=0", "--max_iters=10", "--eval_iters=5")
+    losses = {}
+    for devices, line in ((1, "3 x 4 rows"), (4, "1 x 3 rows"), (8, "1 x 2 rows")):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        done = run("train_jax.py", *rows, f"--out_dir=out{devices}", **flags)
+        assert "tokens per iteration will be: 192\n" in done.stdout
+        assert f"{line} on each per iteration" in done.stdout
+        assert ("using 6 of 8 devices" in done.stdout) == (devices == 8)
+        losses[devices] = [
+            value for r in metrics(workdir / f"out{devices}") for key, value in r.items() if key.endswith("loss")
+        ]
+    assert len(losses[1]) == 10 + 2 * 2
+    assert losses[4] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[8] == pytest.approx(losses[1], abs=1e-5)
+
+    # and a checkpoint of 8 devices goes on with 4, then with 1
+    for devices, max_iters in ((4, 14), (1, 18)):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        run("train_jax.py", "--init_from=resume", "--out_dir=out8", f"--max_iters={max_iters}", **flags)
+    run("train_jax.py", "--init_from=resume", "--out_dir=out1", "--max_iters=18")
+    tail = [[r["loss"] for r in metrics(workdir / f"out{n}") if "loss" in r] for n in (1, 8)]
+    assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation only
+
+
+def test_eval_only_prints_the_run_s_own_losses_and_leaves_every_byte(run, workdir, finished):
+    before = fingerprints(workdir)
+    done = run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=finished")
+    lines = {
+        r["iter"]: f"step {r['iter']}: train loss {r['train/loss']:.4f}, val loss {r['val/loss']:.4f}"
+        for r in metrics(finished)
+        if "val/loss" in r
+    }
+    assert done.stdout.splitlines()[-1] == lines[20]
+    older = run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=finished", "--checkpoint=10")
+    assert older.stdout.splitlines()[-1] == lines[10]
+    best_step = int(next((finished / "best").iterdir()).name)
+    best = run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=finished", "--checkpoint=best")
+    assert best.stdout.splitlines()[-1] == lines[best_step]
+    assert fingerprints(workdir) == before
+
+
+def test_eval_only_from_scratch_creates_nothing(run, workdir):
+    before = fingerprints(workdir)
+    done = run("train_jax.py", "tiny.py", "--eval_only=True", "--wandb_log=True")
+    assert done.stdout.splitlines()[-1].startswith("step 0: train loss 2.7")
+    assert fingerprints(workdir) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# options across runs
+
+
+def test_directory_with_a_run_is_refused_and_overwrite_removes_only_the_run(run, workdir, finished):
+    again = ("tiny.py", "--out_dir=finished")
+    (finished / "notes.txt").write_text("mine")
+    before = fingerprints(workdir)
+    error = the_error(run("train_jax.py", *again, expect=2))
+    assert "out_dir=finished holds a run" in error and "--init_from=resume" in error and "--overwrite=True" in error
+    # bad options or data are found before anything is removed
+    run("train_jax.py", *again, "--overwrite=True", "--n_head=3", expect=2)
+    run("train_jax.py", *again, "--overwrite=True", "--dataset=nowhere", expect=2)
+    run("train_jax.py", *again, "--overwrite=True", "--device=tpu", expect=2)
+    assert fingerprints(workdir) == before
+    run("train_jax.py", *again, "--overwrite=True", "--max_iters=3")
+    assert [r["iter"] for r in metrics(finished) if "loss" in r] == [0, 1, 2]
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == ["3"]
+    assert (finished / "notes.txt").read_text() == "mine"
+
+
+def test_resume_keeps_options_and_names_each_one_changed(run, workdir):
+    run("train_jax.py", "tiny.py", "--max_iters=2", "--weight_decay=0.3", "--seed=7")
+    (workdir / "more.py").write_text("max_iters = 4\nlearning_rate = 1e-2\n")
+    done = run("train_jax.py", "more.py", "--init_from=resume", "--out_dir=out", "--beta2=0.9")
+    changes = [line for line in done.stdout.splitlines() if line.startswith("resuming with ")]
+    assert sorted(changes) == [
+        "resuming with beta2 = 0.9, which was 0.95 (--beta2=0.9)",
+        "resuming with max_iters = 4, which was 2 (more.py)",
+    ]
+    config = json.loads((workdir / "out" / "config.json").read_text())
+    assert (config["weight_decay"], config["seed"], config["beta2"], config["max_iters"]) == (0.3, 7, 0.9, 4)
+    shown = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--print_config=True", "--max_iters=9").stdout
+    assert re.search(r"^seed + *= 7 +# the checkpoint$", shown, re.M)
+    assert re.search(r"^max_iters +*= 9 +# --max_iters=9$".replace("+*", " *"), shown, re.M)
+
+
+@pytest.mark.parametrize("option", ["n_layer=3", "n_embd=32", "block_size=8", "bias=True", "gelu=tanh"])
+def test_resume_refuses_another_model(run, workdir, finished, option):
+    before = fingerprints(workdir)
+    error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", f"--{option}", expect=2))
+    key, value = option.split("=")
+    assert f"{key}={value} (--{option}) contradicts the checkpoint finished/checkpoints/20, which has {key}=" in error
+    assert fingerprints(workdir) == before
+
+
+def test_resume_refuses_data_of_another_vocabulary(run, workdir, finished):
+    meta = workdir / "data" / "tiny" / "meta.json"
+    content = json.loads(meta.read_text())
+    meta.write_text(json.dumps(content | {"itos": content["itos"][::-1]}))
+    error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
+    assert "dataset=tiny has another vocabulary than the run in out_dir=finished" in error
+
+
+def test_resume_of_a_finished_run_does_nothing(run, finished):
+    before = fingerprints(finished / "checkpoints")
+    log = metrics(finished)
+    run("train_jax.py", "--init_from=resume", "--out_dir=finished")
+    assert metrics(finished) == log
+    assert fingerprints(finished / "checkpoints") == before
+
+
+def test_best_is_the_lowest_validation_loss_and_latest_is_kept_beside_it(run, workdir):
+    # a rate that first learns, then wrecks: the best is not the last
+    schedule = ("--learning_rate=2e-2", "--warmup_iters=0", "--decay_lr=False", "--dropout=0")
+    run("train_jax.py", "tiny.py", *schedule, "--max_iters=20", "--eval_interval=5")
+    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--learning_rate=5", "--max_iters=30")
+    losses = {r["iter"]: r["val/loss"] for r in metrics(workdir / "out") if "val/loss" in r}
+    best = min(losses, key=lambda step: losses[step])
+    assert best <= 20 and losses[30] > losses[best] + 1
+    assert [p.name for p in (workdir / "out" / "best").iterdir()] == [str(best)]
+    assert sorted(p.name for p in (workdir / "out" / "checkpoints").iterdir()) == ["25", "30"]
+
+
+def test_without_always_save_only_improvements_and_the_end_are_saved(run, workdir):
+    run("train_jax.py", "tiny.py", "--learning_rate=0", "--min_lr=0", "--always_save_checkpoint=False")
+    # nothing is learned, so nothing improves: the last state is saved all the same, and nothing is best
+    assert [p.name for p in (workdir / "out" / "checkpoints").iterdir()] == ["20"]
+    assert not list((workdir / "out" / "best").iterdir())
+    error = the_error(
+        run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=out", "--checkpoint=best", expect=2)
+    )
+    assert "no checkpoint that verifies in out/best" in error
+
+
+def test_nanogpt_data_folder_and_command_line_work_as_they_are(run, workdir):
+    (workdir / "data" / "tiny" / "meta.json").unlink()  # what nanoGPT writes: train.bin, val.bin, meta.pkl
+    done = run("train_jax.py", "tiny.py", "--max_iters=2", "--compile=False", "--backend=gloo", "--device=cpu")
+    assert "found vocab_size = 15 (inside data/tiny)" in done.stdout
+    assert "note: compile has no meaning here" in done.stdout and "note: backend has no meaning here" in done.stdout
+    assert "Overriding config with tiny.py:" in done.stdout and "Overriding: max_iters = 2" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# wandb
+
+
+def test_wandb_runs_offline_without_a_login_and_keeps_its_id_across_a_resume(run, workdir):
+    done = run("train_jax.py", "tiny.py", "--wandb_log=True", "--max_iters=10")
+    assert len([line for line in done.stdout.splitlines() if line.startswith("wandb: ")]) == 1
+    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=12")
+    ids = {
+        json.loads((p / "meta" / "metadata").read_text())["wandb_run_id"]
+        for p in (workdir / "out/checkpoints").iterdir()
+    }
+    assert len(ids) == 1 and ids != {None}
+    folders = [p.name for p in (workdir / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(next(iter(ids))) for name in folders)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mistakes: one clear line, exit code 2, nothing written
+
+
+def poison(path: Path, offset: int, token: int) -> None:
+    ids = np.fromfile(path, np.uint16)
+    ids[offset] = token
+    ids.tofile(path)
+
+
+MISTAKES = {
+    "unknown option": (["--btch_size=3"], lambda data: None, ["btch_size", "batch_size"]),
+    "wrong type": (["--max_iters=many"], lambda data: None, ["--max_iters=many", "int"]),
+    "out of range": (["--dropout=1.5"], lambda data: None, ["dropout", "below 1"]),
+    "not a choice": (["--dtype=float8"], lambda data: None, ["dtype", "bfloat16"]),
+    "missing config file": (["tiny_.py"], lambda data: None, ["tiny_.py", "tiny.py"]),
+    "heads do not divide the width": (["--n_head=3"], lambda data: None, ["n_embd=16", "n_head=3"]),
+    "unknown start": (["--init_from=nothing"], lambda data: None, ["init_from='nothing'", "scratch", "resume"]),
+    "checkpoint without eval_only": (["--checkpoint=best"], lambda data: None, ["checkpoint=best", "eval_only"]),
+    "no data set": (["--dataset=nowhere"], lambda data: None, ["nowhere", "prepare", "tiny"]),
+    "no val.bin": ([], lambda data: (data / "val.bin").unlink(), ["val.bin is missing"]),
+    "too short": (
+        [],
+        lambda data: (data / "val.bin").write_bytes(bytes(2 * 16)),
+        ["val.bin", "16 tokens", "block_size"],
+    ),
+    "id beyond the vocabulary": ([], lambda data: poison(data / "train.bin", 777, 15), ["train.bin", "15", "777"]),
+    "odd file size": ([], lambda data: (data / "train.bin").write_bytes(b"x" * 999), ["train.bin", "999 bytes"]),
+    "meta that is no JSON": ([], lambda data: (data / "meta.json").write_text("{"), ["meta.json"]),
+    "no checkpoint": (["--init_from=resume"], lambda data: None, ["no checkpoint that verifies in out/checkpoints"]),
+    "no such device": (["--device=tpu"], lambda data: None, ["device=tpu"]),
+    "not a device": (["--device=abacus"], lambda data: None, ["device='abacus'", "cpu"]),
+    "no such device number": (["--device=cpu:5"], lambda data: None, ["cpu:5"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_and_exit_2_and_writes_nothing(run, workdir, mistake):
+    args, damage, expected = MISTAKES[mistake]
+    damage(workdir / "data" / "tiny")
+    before = fingerprints(workdir)
+    error = the_error(run("train_jax.py", "tiny.py", *args, expect=2))
+    assert all(text in error for text in expected), error
+    assert fingerprints(workdir) == before
+
+
+def test_mistake_in_a_config_file_names_the_file(run, workdir):
+    (workdir / "typo.py").write_text("n_layers = 3\n")
+    error = the_error(run("train_jax.py", "tiny.py", "typo.py", expect=2))
+    assert "typo.py" in error and "n_layers" in error and "n_layer'" in error

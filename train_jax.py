@@ -1,0 +1,435 @@
+"""Train a GPT. One script for a laptop, one GPU, and a node of them.
+
+python train_jax.py config/train_shakespeare_char.py                  a first model, minutes on a GPU
+python train_jax.py config/train_shakespeare_char.py --batch_size=32  flags win over config files
+python train_jax.py --init_from=resume --out_dir=out-shakespeare-char go on where a run stopped
+python train_jax.py --init_from=resume --eval_only=True               evaluate a run, change nothing
+python train_jax.py config/train_gpt2.py --wandb_log=True             GPT-2 (124M) on OpenWebText
+python train_jax.py config/train_gpt2.py --print_config=True          where does each value come from?
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+import configurator
+import jax_checkpoint
+import jax_data
+import jax_run_log
+from configurator import Between, ConfigError
+
+AtLeast0 = Annotated[int, Between(0)]
+AtLeast1 = Annotated[int, Between(1)]
+NonNegative = Annotated[float, Between(0.0, below=math.inf)]
+Probability = Annotated[float, Between(0.0, below=1.0)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of the trainer. The defaults train GPT-2 (124M) on OpenWebText."""
+
+    out_dir: str = "out_jax"  # where the run lives: config.json, metrics.jsonl, checkpoints/, best/
+    eval_interval: AtLeast1 = 2000  # iterations between evaluations (and checkpoints)
+    log_interval: AtLeast1 = 1  # iterations between log lines
+    eval_iters: AtLeast1 = 200  # batches per split in an evaluation
+    eval_only: bool = False  # evaluate once, print, exit; nothing is written
+    always_save_checkpoint: bool = True  # save at every evaluation, not only when the validation loss improved
+    keep_checkpoints: AtLeast1 = 2  # newest checkpoints kept; the best one is kept apart, in best/
+    init_from: str = "scratch"  # scratch | resume
+    checkpoint: str = "latest"  # with resume and eval_only: latest | best | a step number
+    overwrite: bool = False  # start afresh in an out_dir that holds a run: its files are removed
+    print_config: bool = False  # show every option with its value and where it came from, then exit
+    wandb_log: bool = False  # log to Weights & Biases; offline where nobody is logged in
+    wandb_project: str = "owt"  # wandb project
+    wandb_run_name: str = "gpt2"  # wandb run name
+    dataset: str = "openwebtext"  # a folder under data/ with train.bin and val.bin
+    gradient_accumulation_steps: AtLeast1 = 5 * 8  # micro-batches per update, over all devices together
+    batch_size: AtLeast1 = 12  # sequences per micro-batch: what one device computes at a time
+    block_size: AtLeast1 = 1024  # context length in tokens
+    sampling: Literal["random", "epoch"] = "random"  # random crops, or every block once per epoch
+    n_layer: AtLeast1 = 12  # transformer blocks
+    n_head: AtLeast1 = 12  # attention heads; must divide n_embd
+    n_embd: AtLeast1 = 768  # width of the residual stream
+    dropout: Probability = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+    bias: bool = False  # biases in Linear and LayerNorm, as GPT-2 has; without is a bit better and faster
+    gelu: Literal["erf", "tanh"] = "erf"  # erf is nanoGPT's; tanh is what GPT-2's own weights expect
+    learning_rate: NonNegative = 6e-4  # the peak, after warm-up
+    max_iters: AtLeast0 = 600_000  # updates in all
+    weight_decay: NonNegative = 1e-1  # on tensors of two or more dimensions only
+    beta1: Probability = 0.9  # AdamW
+    beta2: Probability = 0.95  # AdamW; 0.99 where an iteration has few tokens
+    grad_clip: Annotated[float, Between(0.0)] = 1.0  # clip the global gradient norm to this; 0 is off
+    decay_lr: bool = True  # cosine decay after warm-up; without: constant learning_rate
+    warmup_iters: AtLeast0 = 2000  # iterations of linear warm-up
+    lr_decay_iters: AtLeast0 = 600_000  # where the cosine ends; about max_iters
+    min_lr: NonNegative = 6e-5  # the floor; about learning_rate / 10
+    seed: Annotated[int, Between(0, below=2**32)] = 1337  # weights, batches and dropout all follow from it
+    device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16, on a CPU float32
+    deterministic: bool = False  # bit-identical resume on a GPU too; slower
+    compile: bool = True  # no meaning here: JAX always compiles. Accepted for nanoGPT's command lines
+    backend: str = "nccl"  # no meaning here: JAX picks its own. Accepted for nanoGPT's command lines
+
+
+NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite", "print_config")
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
+
+EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 3, 75, 130  # 1: the machine failed; 2: bad usage or bad input
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# options
+
+
+def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
+    """The rules between options. Raises ConfigError."""
+    if config.n_embd % config.n_head:
+        raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; choose another of them")
+    if config.init_from not in ("scratch", "resume"):
+        raise ConfigError(
+            f"init_from={config.init_from!r} must be scratch or resume; starting from GPT-2's weights is not here yet"
+        )
+    if config.checkpoint != "latest" and not (config.init_from == "resume" and config.eval_only):
+        raise ConfigError(f"checkpoint={config.checkpoint} is for --init_from=resume --eval_only=True")
+    for key in ("compile", "backend"):
+        if key in sources:
+            print(f"note: {key} has no meaning here: JAX always compiles, and picks its own backend")
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
+
+
+def inherit_options(step_dir: Path, meta: dict[str, Any]) -> tuple[TrainConfig, dict[str, str]]:
+    """On resume: the options the run was saved with, overridden by what is given now. Raises ConfigError if that
+    contradicts the checkpoint's model."""
+    defaults = TrainConfig()
+    names = {field.name for field in dataclasses.fields(TrainConfig)}.difference(NEVER_INHERITED)
+    saved = dataclasses.replace(defaults, **{key: value for key, value in meta["config"].items() if key in names})
+    config, sources = configurator.parse_with_sources(TrainConfig, default=saved, quiet=True)
+    for key in names:
+        before, now = getattr(saved, key), getattr(config, key)
+        if now == before:
+            continue
+        if key in MODEL_SHAPE:
+            raise ConfigError(
+                f"{key}={now} ({sources[key]}) contradicts the checkpoint {step_dir}, which has {key}={before}; "
+                f"leave it out, or start another run with its own --out_dir"
+            )
+        print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
+    return config, sources
+
+
+def resolve_options() -> tuple[TrainConfig, dict[str, str], Path | None, dict[str, Any] | None]:
+    """(options, where each came from, the checkpoint's folder, its meta): the last two on resume, else None."""
+    config, sources = configurator.parse_with_sources(TrainConfig)
+    step_dir = meta = None
+    if config.init_from == "resume":
+        step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
+        for line in skipped:
+            print(line)
+        meta = jax_checkpoint.read_meta(step_dir)
+        config, sources = inherit_options(step_dir, meta)
+    check_options(config, sources)
+    return config, sources, step_dir, meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# signals
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: finish the step under way, save, exit 75. A second Ctrl-C stops at once, without saving."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, signum: int, _frame: object) -> None:
+        if self.signal is not None and signum == signal.SIGINT:
+            os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
+            os._exit(EXIT_INTERRUPTED)
+        self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# set-up
+
+
+def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, dict[str, Any], int]:
+    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
+
+    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with.
+    """
+    data_dir = jax_data.find_data_dir(config.dataset)
+    data_meta: dict[str, Any] = jax_data.load_meta(data_dir) or {
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "dtype": "uint16",
+    }
+    print(f"found vocab_size = {data_meta['vocab_size']} (inside {data_dir})")
+    codec: dict[str, Any] = {k: data_meta[k] for k in ("tokenizer", "vocab_size", "dtype", "itos") if k in data_meta}
+    if meta is None:
+        vocab_size = data_meta["vocab_size"]
+        if codec["tokenizer"] == "gpt2":
+            vocab_size = 50304
+            print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
+    else:
+        vocab_size = meta["model"]["vocab_size"]
+        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
+            raise ConfigError(
+                f"dataset={config.dataset} has another vocabulary than the run in out_dir={config.out_dir}"
+            )
+    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    return data_dir, codec, vocab_size
+
+
+def main() -> int:
+    config, sources, step_dir, meta = resolve_options()
+    if config.print_config:
+        configurator.print_sources(config, sources, "default" if meta is None else "the checkpoint")
+        return 0
+    out_dir = Path(config.out_dir)
+    may_start = config.init_from == "resume" or config.eval_only or config.overwrite
+    if not may_start and jax_checkpoint.holds_run(out_dir):
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
+        )
+    data_dir, codec, vocab_size = open_data(config, meta)
+    rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
+    print(f"tokens per iteration will be: {rows * config.block_size:,}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # devices. jax is imported only here, so that a mistake in options or data is told at once
+
+    if config.deterministic:  # XLA reads this when the devices are first asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    import jax
+
+    import jax_train_utils as utils
+    from jax_transformer import GPTConfig, flops_per_token, num_params
+
+    try:
+        devices = utils.find_devices(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    layout = utils.lay_out(rows, config.batch_size, len(devices))
+    if layout.devices < len(devices):
+        idle = ", ".join(map(str, devices[layout.devices :]))
+        print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
+    mesh = utils.make_mesh(devices[: layout.devices])
+    on_cpu, device_kind = devices[0].platform == "cpu", devices[0].device_kind
+    dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    print(
+        f"computing in {dtype} on {layout.devices} x {device_kind}, "
+        f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
+    )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # model and optimizer
+
+    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    model = GPTConfig(**shape, vocab_size=vocab_size, dropout=config.dropout, dtype=dtype)
+    optimizer = utils.make_optimizer(
+        beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
+    )
+
+    def lr_at(iteration: int) -> float:
+        if not config.decay_lr:
+            return config.learning_rate
+        return utils.warmup_cosine(
+            iteration, config.learning_rate, config.warmup_iters, config.lr_decay_iters, config.min_lr
+        )
+
+    if meta is None or step_dir is None:
+        print("Initializing a new model from scratch")
+        state = utils.fresh_state(model, optimizer, config.seed, mesh)
+        step, best_val_loss, evaluated_at, saved_at, wandb_run_id = 0, math.inf, None, None, None
+    else:
+        print(f"Resuming training from {step_dir}")
+        wanted = utils.abstract_state(model, optimizer, mesh)
+        items = (
+            {"params": wanted.params} if config.eval_only else {"params": wanted.params, "opt_state": wanted.opt_state}
+        )
+        state = utils.TrainState(**{"opt_state": None, **jax_checkpoint.restore(step_dir, items)})
+        step, evaluated_at, saved_at, wandb_run_id = (
+            meta["step"],
+            meta["evaluated_at"],
+            meta["step"],
+            meta["wandb_run_id"],
+        )
+        best_val_loss = math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
+    print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # evaluation: the same seeded rows every time, all of a split in one dispatch
+
+    eval_losses = utils.compile_eval(model)
+    eval_size = config.eval_iters * config.batch_size
+
+    @functools.cache
+    def eval_rows(split: str) -> list[jax.Array]:
+        pair = jax_data.get_batch(
+            data_dir, split, 0, seed=config.seed, batch_size=eval_size, block_size=config.block_size
+        )
+        return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, layout.devices), mesh) for rows_RT in pair]
+
+    def evaluate() -> tuple[float, float]:
+        """Mean loss over eval_iters batches of the training data and of the validation data."""
+        losses = [
+            eval_losses(state.params, *eval_rows(split)) for split in ("train_eval", "val")
+        ]  # both are dispatched
+        train_loss, val_loss = (np.asarray(a).reshape(-1)[:eval_size].mean() for a in losses)  # host-device sync
+        return float(train_loss), float(val_loss)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # run directory, logs, checkpoints. Nothing on disk was touched before, and with eval_only nothing is
+
+    options = dataclasses.asdict(config)
+    wandb_run = None
+    if not config.eval_only:
+        if config.overwrite:
+            jax_checkpoint.remove_run(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.json").write_text(json.dumps(options, indent=1) + "\n")
+        if config.wandb_log:
+            wandb_run = jax_run_log.start_wandb(
+                options, config.wandb_project, config.wandb_run_name, wandb_run_id, out_dir
+            )
+            wandb_run_id = wandb_run_id if wandb_run is None else wandb_run.id
+    peak = jax_run_log.peak_flops(device_kind, dtype)
+    log = jax_run_log.RunLog(
+        None if config.eval_only else out_dir,
+        resume_step=None if meta is None else step,
+        max_iters=config.max_iters,
+        tokens_per_iter=rows * config.block_size,
+        flops_per_iter=rows * config.block_size * flops_per_token(model),
+        peak=None if peak is None else peak * layout.devices,
+        wandb_run=wandb_run,
+    )
+    if config.eval_only:
+        log.evaluation(step, *evaluate(), lr_at(step))
+        return 0
+
+    stop = StopRequest()  # from here on a signal saves
+    saver = jax_checkpoint.Saver(out_dir, config.keep_checkpoints)
+
+    def save(is_best: bool) -> None:
+        log.say(f"saving checkpoint to {out_dir}")
+        log.sync()  # a checkpoint of step k promises that the log up to k is on disk
+        about = {
+            "config": options,
+            "model": dataclasses.asdict(model),
+            "codec": codec,
+            "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,  # JSON has no infinity
+            "evaluated_at": evaluated_at,
+            "wandb_run_id": wandb_run_id,
+        }
+        saver.save(step, state.params, state.opt_state, about, is_best=is_best)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # training
+
+    train_step = utils.compile_train_step(model, optimizer, config.seed)
+    clock = time.perf_counter(), step  # since when, and since which iteration: for the time per iteration
+
+    def make_batch(iteration: int) -> list[jax.Array]:
+        """An iteration's rows on the devices. Runs in the prefetch thread."""
+        pair = jax_data.get_batch(
+            data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
+            sampling=config.sampling,
+        )  # fmt: skip
+        if max(rows_RT.max() for rows_RT in pair) >= vocab_size:  # of a huge file, only parts were checked at start
+            raise jax_data.DataError(f"{data_dir}/train.bin holds a token id that is not below {vocab_size}")
+        return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
+
+    def report(iteration: int, metrics: dict[str, jax.Array]) -> None:
+        """Log an iteration, waiting for it to be through."""
+        nonlocal clock
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}  # host-device sync
+        if not values["finite"] and values["loss_scale"] <= 1:
+            raise DivergenceError(
+                f"training diverged at iteration {iteration}: loss {values['loss']}, gradient norm "
+                f"{values['grad_norm']}; nothing bad was saved. A lower --learning_rate or more --warmup_iters may help"
+            )
+        if iteration % config.log_interval == 0:
+            since, first = clock
+            clock = time.perf_counter(), iteration + 1
+            seconds = (clock[0] - since) / (iteration + 1 - first)
+            log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
+
+    batches = jax_data.prefetch(make_batch, step)
+    in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
+    try:
+        while True:
+            due = step % config.eval_interval == 0 or step >= config.max_iters
+            if due and evaluated_at != step and not stop.signal:
+                if in_flight:
+                    report(*in_flight)
+                    in_flight = None
+                train_loss, val_loss = evaluate()
+                evaluated_at = step
+                log.evaluation(step, train_loss, val_loss, lr_at(step))
+                improved = math.isfinite(val_loss) and val_loss < best_val_loss
+                if improved:
+                    best_val_loss = val_loss
+                if step > 0 and (improved or config.always_save_checkpoint or step >= config.max_iters):
+                    if saved_at != step:
+                        save(is_best=improved)
+                    elif improved:  # saved by a signal before it could be evaluated
+                        saver.copy_to_best(step)
+                    saved_at = step
+                clock = time.perf_counter(), step  # evaluations do not count as training time
+            if stop.signal or step >= config.max_iters:
+                break
+
+            state, metrics = train_step(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
+            if in_flight:
+                report(*in_flight)  # the iteration before, while the device computes this one
+            in_flight = step, metrics
+            step += 1
+            if on_cpu and layout.devices > 1:
+                # host-device sync: virtual CPU devices deadlock in their all-reduce when steps are dispatched ahead
+                jax.block_until_ready(state)
+            saver.check()
+        if in_flight:
+            report(*in_flight)
+        if saved_at != step:
+            save(is_best=False)
+        saver.wait()
+        finished = step >= config.max_iters and evaluated_at == step
+        exit_code = EXIT_STOPPED if stop.signal and not finished else 0
+    except DivergenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        exit_code = EXIT_DIVERGED
+    finally:
+        batches.close()
+        saver.close()
+        log.close(1 if sys.exc_info()[0] else exit_code)
+    if stop.signal and exit_code == EXIT_STOPPED:
+        print(f"stopped by {stop.signal.name} at step {step} and saved; --init_from=resume goes on from there")
+    return exit_code
+
+
+class DivergenceError(Exception):
+    """The loss or the gradient is not finite."""
+
+
+if __name__ == "__main__":
+    try:
+        with configurator.one_line_errors(jax_data.DataError, jax_checkpoint.CheckpointError):
+            sys.exit(main())
+    except jax_checkpoint.SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
