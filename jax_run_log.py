@@ -69,6 +69,10 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 # metrics.jsonl
 
 
+class MetricsError(ValueError):
+    """metrics.jsonl is not what a trainer wrote. One line, naming the file and the line."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A kill can tear the last line: it is left out. Another bad line is an error."""
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
@@ -81,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:  # bad JSON and bad UTF-8 are ValueErrors too
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise MetricsError(f"{path}, line {number}: {error}; remove that line to go on") from None
         records.append(record)
     return records
 
@@ -193,6 +197,8 @@ class RunLog:
     def evaluation(self, iter: int, train_loss: float, val_loss: float, lr: float) -> None:
         """Log the evaluation of the state after `iter` updates."""
         self.say(f"step {iter}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if iter == self.last_evaluation:  # on file already, from before a resume
+            return
         self.last_evaluation = iter
         self._record({"iter": iter, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": self.mfu})
 

@@ -143,6 +143,13 @@ def find_devices(device: str) -> list[jax.Device]:
     return devices
 
 
+def compute_dtype(dtype: str, device: jax.Device) -> str:
+    """What `--dtype=auto` means on a device. On a CPU bfloat16 is slower than float32, not faster."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     # Auto: shardings are given to arrays, the compiler does the rest. Explicit would have to be told at each lookup.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)

@@ -62,7 +62,10 @@ def main() -> None:
         print(line)
     meta = jax_checkpoint.read_meta(step_dir)
     codec = jax_data.make_codec(meta["codec"])
-    prompt_ids = codec.encode(read_prompt(config.start))
+    try:
+        prompt_ids = codec.encode(read_prompt(config.start))
+    except jax_data.DataError as error:
+        raise ConfigError(f"--start={config.start}: {error}") from None
     if not prompt_ids:
         raise ConfigError("start is empty: give the model something to go on from, a newline for instance")
 
@@ -73,9 +76,9 @@ def main() -> None:
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, Params, abstract_params, forward
 
-    devices = utils.find_devices(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "float32" if devices[0].platform == "cpu" else "bfloat16"
-    model = GPTConfig(**{**meta["model"], "dtype": dtype, "dropout": 0.0})
+    with configurator.one_line_errors(ValueError):
+        devices = utils.find_devices(config.device)
+    model = GPTConfig(**{**meta["model"], "dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0})
     mesh = utils.make_mesh(devices[:1])
     wanted = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=utils.replicated(mesh)), abstract_params(model)

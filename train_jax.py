@@ -84,7 +84,21 @@ class TrainConfig:
 NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite", "print_config")
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
 
-EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 3, 75, 130  # 1: the machine failed; 2: bad usage or bad input
+EXIT_MACHINE_FAILED, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 3, 75, 130  # 2 is bad usage or bad input
+
+
+class DivergenceError(Exception):
+    """The loss or the gradient is not finite."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds besides the arrays and the options."""
+
+    step: int = 0  # updates done, which is the number of the next iteration
+    best_val_loss: float | None = None
+    evaluated_at: int | None = None  # the step of the last evaluation
+    wandb_run_id: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,41 +123,50 @@ def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
 
 
 def inherit_options(step_dir: Path, meta: dict[str, Any]) -> tuple[TrainConfig, dict[str, str]]:
-    """On resume: the options the run was saved with, overridden by what is given now. Raises ConfigError if that
-    contradicts the checkpoint's model."""
-    defaults = TrainConfig()
-    names = {field.name for field in dataclasses.fields(TrainConfig)}.difference(NEVER_INHERITED)
-    saved = dataclasses.replace(defaults, **{key: value for key, value in meta["config"].items() if key in names})
+    """On resume: the options the run was saved with, overridden by those given now, and where these came from.
+
+    Raises ConfigError if one given now contradicts the model in the checkpoint.
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in NEVER_INHERITED]
+    saved = dataclasses.replace(TrainConfig(), **{key: meta["config"][key] for key in names if key in meta["config"]})
     config, sources = configurator.parse_with_sources(TrainConfig, default=saved, quiet=True)
     for key in names:
         before, now = getattr(saved, key), getattr(config, key)
-        if now == before:
-            continue
-        if key in MODEL_SHAPE:
+        if now != before and key in MODEL_SHAPE:
             raise ConfigError(
                 f"{key}={now} ({sources[key]}) contradicts the checkpoint {step_dir}, which has {key}={before}; "
                 f"leave it out, or start another run with its own --out_dir"
             )
-        print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
+        if now != before:
+            print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
     return config, sources
 
 
-def resolve_options() -> tuple[TrainConfig, dict[str, str], Path | None, dict[str, Any] | None]:
-    """(options, where each came from, the checkpoint's folder, its meta): the last two on resume, else None."""
-    config, sources = configurator.parse_with_sources(TrainConfig)
-    step_dir = meta = None
-    if config.init_from == "resume":
-        step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
-        for line in skipped:
-            print(line)
-        meta = jax_checkpoint.read_meta(step_dir)
-        config, sources = inherit_options(step_dir, meta)
-    check_options(config, sources)
-    return config, sources, step_dir, meta
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# signals
+# set-up
+
+
+def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, dict[str, Any], int]:
+    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
+
+    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with.
+    """
+    data_dir = jax_data.find_data_dir(config.dataset)
+    found: dict[str, Any] = jax_data.load_meta(data_dir) or {}
+    codec = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}  # without meta data, as in nanoGPT
+    codec |= {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
+    print(f"found vocab_size = {codec['vocab_size']} (inside {data_dir})")
+    if meta is not None:
+        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
+            raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
+        vocab_size = meta["model"]["vocab_size"]
+    elif codec["tokenizer"] == "gpt2":
+        vocab_size = 50304
+        print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
+    else:
+        vocab_size = found["vocab_size"]
+    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    return data_dir, codec, vocab_size
 
 
 class StopRequest:
@@ -161,44 +184,19 @@ class StopRequest:
         self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# set-up
-
-
-def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, dict[str, Any], int]:
-    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
-
-    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with.
-    """
-    data_dir = jax_data.find_data_dir(config.dataset)
-    data_meta: dict[str, Any] = jax_data.load_meta(data_dir) or {
-        "tokenizer": "gpt2",
-        "vocab_size": 50257,
-        "dtype": "uint16",
-    }
-    print(f"found vocab_size = {data_meta['vocab_size']} (inside {data_dir})")
-    codec: dict[str, Any] = {k: data_meta[k] for k in ("tokenizer", "vocab_size", "dtype", "itos") if k in data_meta}
-    if meta is None:
-        vocab_size = data_meta["vocab_size"]
-        if codec["tokenizer"] == "gpt2":
-            vocab_size = 50304
-            print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
-    else:
-        vocab_size = meta["model"]["vocab_size"]
-        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
-            raise ConfigError(
-                f"dataset={config.dataset} has another vocabulary than the run in out_dir={config.out_dir}"
-            )
-    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
-    return data_dir, codec, vocab_size
-
-
 def main() -> int:
-    config, sources, step_dir, meta = resolve_options()
+    config, sources = configurator.parse_with_sources(TrainConfig)
+    out_dir = Path(config.out_dir)
+    meta = None
+    if config.init_from == "resume":
+        step_dir, skipped = jax_checkpoint.find(out_dir, config.checkpoint)
+        print("".join(f"{line}\n" for line in skipped), end="")
+        meta = jax_checkpoint.read_meta(step_dir)
+        config, sources = inherit_options(step_dir, meta)
     if config.print_config:
         configurator.print_sources(config, sources, "default" if meta is None else "the checkpoint")
         return 0
-    out_dir = Path(config.out_dir)
+    check_options(config, sources)
     may_start = config.init_from == "resume" or config.eval_only or config.overwrite
     if not may_start and jax_checkpoint.holds_run(out_dir):
         raise ConfigError(
@@ -218,30 +216,39 @@ def main() -> int:
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
-    try:
+    with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     if layout.devices < len(devices):
         idle = ", ".join(map(str, devices[layout.devices :]))
         print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
     mesh = utils.make_mesh(devices[: layout.devices])
-    on_cpu, device_kind = devices[0].platform == "cpu", devices[0].device_kind
-    dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    dtype = utils.compute_dtype(config.dtype, devices[0])
     print(
-        f"computing in {dtype} on {layout.devices} x {device_kind}, "
+        f"computing in {dtype} on {layout.devices} x {devices[0].device_kind}, "
         f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
     )
 
     # ------------------------------------------------------------------------------------------------------------------
-    # model and optimizer
+    # model, optimizer, state
 
     shape = {key: getattr(config, key) for key in MODEL_SHAPE}
     model = GPTConfig(**shape, vocab_size=vocab_size, dropout=config.dropout, dtype=dtype)
     optimizer = utils.make_optimizer(
         beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
+    if meta is None:
+        print("Initializing a new model from scratch")
+        state = utils.fresh_state(model, optimizer, config.seed, mesh)
+        progress = Progress()
+    else:
+        print(f"Resuming training from {step_dir}")
+        wanted = utils.abstract_state(model, optimizer, mesh)
+        items = ["params"] if config.eval_only else ["params", "opt_state"]
+        restored = jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
+        state = utils.TrainState(restored["params"], restored.get("opt_state"))
+        progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+    print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
 
     def lr_at(iteration: int) -> float:
         if not config.decay_lr:
@@ -249,26 +256,6 @@ def main() -> int:
         return utils.warmup_cosine(
             iteration, config.learning_rate, config.warmup_iters, config.lr_decay_iters, config.min_lr
         )
-
-    if meta is None or step_dir is None:
-        print("Initializing a new model from scratch")
-        state = utils.fresh_state(model, optimizer, config.seed, mesh)
-        step, best_val_loss, evaluated_at, saved_at, wandb_run_id = 0, math.inf, None, None, None
-    else:
-        print(f"Resuming training from {step_dir}")
-        wanted = utils.abstract_state(model, optimizer, mesh)
-        items = (
-            {"params": wanted.params} if config.eval_only else {"params": wanted.params, "opt_state": wanted.opt_state}
-        )
-        state = utils.TrainState(**{"opt_state": None, **jax_checkpoint.restore(step_dir, items)})
-        step, evaluated_at, saved_at, wandb_run_id = (
-            meta["step"],
-            meta["evaluated_at"],
-            meta["step"],
-            meta["wandb_run_id"],
-        )
-        best_val_loss = math.inf if meta["best_val_loss"] is None else meta["best_val_loss"]
-    print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
 
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: the same seeded rows every time, all of a split in one dispatch
@@ -284,10 +271,8 @@ def main() -> int:
         return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, layout.devices), mesh) for rows_RT in pair]
 
     def evaluate() -> tuple[float, float]:
-        """Mean loss over eval_iters batches of the training data and of the validation data."""
-        losses = [
-            eval_losses(state.params, *eval_rows(split)) for split in ("train_eval", "val")
-        ]  # both are dispatched
+        """Mean loss over eval_iters batches of the training data, and of the validation data."""
+        losses = [eval_losses(state.params, *eval_rows(split)) for split in ("train_eval", "val")]
         train_loss, val_loss = (np.asarray(a).reshape(-1)[:eval_size].mean() for a in losses)  # host-device sync
         return float(train_loss), float(val_loss)
 
@@ -303,13 +288,13 @@ def main() -> int:
         (out_dir / "config.json").write_text(json.dumps(options, indent=1) + "\n")
         if config.wandb_log:
             wandb_run = jax_run_log.start_wandb(
-                options, config.wandb_project, config.wandb_run_name, wandb_run_id, out_dir
+                options, config.wandb_project, config.wandb_run_name, progress.wandb_run_id, out_dir
             )
-            wandb_run_id = wandb_run_id if wandb_run is None else wandb_run.id
-    peak = jax_run_log.peak_flops(device_kind, dtype)
+            progress.wandb_run_id = progress.wandb_run_id if wandb_run is None else wandb_run.id
+    peak = jax_run_log.peak_flops(devices[0].device_kind, dtype)
     log = jax_run_log.RunLog(
         None if config.eval_only else out_dir,
-        resume_step=None if meta is None else step,
+        resume_step=None if meta is None else progress.step,
         max_iters=config.max_iters,
         tokens_per_iter=rows * config.block_size,
         flops_per_iter=rows * config.block_size * flops_per_token(model),
@@ -317,30 +302,25 @@ def main() -> int:
         wandb_run=wandb_run,
     )
     if config.eval_only:
-        log.evaluation(step, *evaluate(), lr_at(step))
+        log.evaluation(progress.step, *evaluate(), lr_at(progress.step))
         return 0
 
     stop = StopRequest()  # from here on a signal saves
     saver = jax_checkpoint.Saver(out_dir, config.keep_checkpoints)
+    saved_at = None if meta is None else progress.step
 
     def save(is_best: bool) -> None:
         log.say(f"saving checkpoint to {out_dir}")
         log.sync()  # a checkpoint of step k promises that the log up to k is on disk
-        about = {
-            "config": options,
-            "model": dataclasses.asdict(model),
-            "codec": codec,
-            "best_val_loss": best_val_loss if math.isfinite(best_val_loss) else None,  # JSON has no infinity
-            "evaluated_at": evaluated_at,
-            "wandb_run_id": wandb_run_id,
-        }
-        saver.save(step, state.params, state.opt_state, about, is_best=is_best)
+        about = {"config": options, "model": dataclasses.asdict(model), "codec": codec, **dataclasses.asdict(progress)}
+        saver.save(progress.step, state.params, state.opt_state, about, is_best=is_best)
 
     # ------------------------------------------------------------------------------------------------------------------
     # training
 
     train_step = utils.compile_train_step(model, optimizer, config.seed)
-    clock = time.perf_counter(), step  # since when, and since which iteration: for the time per iteration
+    clock = time.perf_counter(), progress.step  # since when, and since which iteration: for the time per iteration
+    in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
     def make_batch(iteration: int) -> list[jax.Array]:
         """An iteration's rows on the devices. Runs in the prefetch thread."""
@@ -352,9 +332,13 @@ def main() -> int:
             raise jax_data.DataError(f"{data_dir}/train.bin holds a token id that is not below {vocab_size}")
         return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
 
-    def report(iteration: int, metrics: dict[str, jax.Array]) -> None:
-        """Log an iteration, waiting for it to be through."""
-        nonlocal clock
+    def report_in_flight() -> None:
+        """Log the iteration in flight, waiting for it to be through. Raises DivergenceError."""
+        nonlocal clock, in_flight
+        if in_flight is None:
+            return
+        iteration, metrics = in_flight
+        in_flight = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}  # host-device sync
         if not values["finite"] and values["loss_scale"] <= 1:
             raise DivergenceError(
@@ -367,69 +351,70 @@ def main() -> int:
             seconds = (clock[0] - since) / (iteration + 1 - first)
             log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
 
-    batches = jax_data.prefetch(make_batch, step)
-    in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
+    batches = jax_data.prefetch(make_batch, progress.step)
     try:
         while True:
-            due = step % config.eval_interval == 0 or step >= config.max_iters
-            if due and evaluated_at != step and not stop.signal:
-                if in_flight:
-                    report(*in_flight)
-                    in_flight = None
+            step, last = progress.step, progress.step >= config.max_iters
+            if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stop.signal:
+                report_in_flight()
                 train_loss, val_loss = evaluate()
-                evaluated_at = step
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
-                improved = math.isfinite(val_loss) and val_loss < best_val_loss
+                progress.evaluated_at = step
+                best = progress.best_val_loss
+                improved = math.isfinite(val_loss) and (best is None or val_loss < best)
                 if improved:
-                    best_val_loss = val_loss
-                if step > 0 and (improved or config.always_save_checkpoint or step >= config.max_iters):
+                    progress.best_val_loss = val_loss
+                if step > 0 and (improved or last or config.always_save_checkpoint):
                     if saved_at != step:
                         save(is_best=improved)
                     elif improved:  # saved by a signal before it could be evaluated
                         saver.copy_to_best(step)
                     saved_at = step
                 clock = time.perf_counter(), step  # evaluations do not count as training time
-            if stop.signal or step >= config.max_iters:
+            if last or stop.signal:
                 break
 
             state, metrics = train_step(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
-            if in_flight:
-                report(*in_flight)  # the iteration before, while the device computes this one
+            report_in_flight()  # the iteration before, while the device computes this one
             in_flight = step, metrics
-            step += 1
-            if on_cpu and layout.devices > 1:
+            progress.step += 1
+            if layout.devices > 1 and devices[0].platform == "cpu":
                 # host-device sync: virtual CPU devices deadlock in their all-reduce when steps are dispatched ahead
                 jax.block_until_ready(state)
             saver.check()
-        if in_flight:
-            report(*in_flight)
-        if saved_at != step:
+        report_in_flight()
+        if saved_at != progress.step:
             save(is_best=False)
         saver.wait()
-        finished = step >= config.max_iters and evaluated_at == step
+        finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step
         exit_code = EXIT_STOPPED if stop.signal and not finished else 0
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         exit_code = EXIT_DIVERGED
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: out of memory with {layout.rows_per_device} rows of {config.block_size} tokens at a time on a "
+            f"device; halve --batch_size and double --gradient_accumulation_steps: the update stays the same",
+            file=sys.stderr,
+        )
+        exit_code = EXIT_MACHINE_FAILED
     finally:
         batches.close()
         saver.close()
-        log.close(1 if sys.exc_info()[0] else exit_code)
+        log.close(EXIT_MACHINE_FAILED if sys.exc_info()[0] else exit_code)
     if stop.signal and exit_code == EXIT_STOPPED:
-        print(f"stopped by {stop.signal.name} at step {step} and saved; --init_from=resume goes on from there")
+        print(f"stopped by {stop.signal.name} at step {progress.step} and saved; --init_from=resume goes on from there")
     return exit_code
-
-
-class DivergenceError(Exception):
-    """The loss or the gradient is not finite."""
 
 
 if __name__ == "__main__":
     try:
-        with configurator.one_line_errors(jax_data.DataError, jax_checkpoint.CheckpointError):
+        with configurator.one_line_errors(jax_data.DataError, jax_checkpoint.CheckpointError, jax_run_log.MetricsError):
             sys.exit(main())
     except jax_checkpoint.SaveError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(EXIT_MACHINE_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -295,7 +295,16 @@ def test_resume_refuses_data_of_another_vocabulary(run, workdir, finished):
     content = json.loads(meta.read_text())
     meta.write_text(json.dumps(content | {"itos": content["itos"][::-1]}))
     error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
-    assert "dataset=tiny has another vocabulary than the run in out_dir=finished" in error
+    assert "dataset=tiny has another vocabulary than the run in finished" in error
+
+
+def test_resume_refuses_a_damaged_log_and_keeps_it(run, workdir, finished):
+    path = finished / "metrics.jsonl"
+    path.write_text("not JSON\n" + path.read_text())
+    before = path.read_bytes()
+    error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
+    assert "finished/metrics.jsonl, line 1:" in error
+    assert path.read_bytes() == before
 
 
 def test_resume_of_a_finished_run_does_nothing(run, finished):
