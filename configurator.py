@@ -21,11 +21,11 @@ import traceback
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
@@ -87,7 +87,8 @@ def parse_with_sources(
         sources.update(dict.fromkeys(given, path))
         last_file.update(dict.fromkeys(given, index))
     if wants_help:
-        tyro_cli(config_class, ["--help"], config)
+        shown = {key: _one_line(value) for key, value in asdict(config).items() if isinstance(value, str)}
+        tyro_cli(config_class, ["--help"], replace(config, **shown))
 
     options = {}
     for flag in flags:
@@ -106,6 +107,29 @@ def print_sources(config: "DataclassInstance", sources: Mapping[str, str], defau
     value_width = min(40, max(len(value) for _, value, _ in rows))  # one long prompt should not push all else away
     for key, value, source in rows:
         _print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {_one_line(source)}")
+
+
+def run_script(
+    main: Callable[[], int | None], *bad_input: type[Exception], machine_failed: type[Exception] | tuple = ()
+) -> NoReturn:
+    """Run a script's main and exit: as it returns, 2 for bad input, 1 where the machine failed, 130 on Ctrl-C."""
+    try:
+        with one_line_errors(*bad_input):
+            sys.exit(main())
+    except machine_failed as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+    except RuntimeError as error:
+        # how XLA says it on a GPU, and on a CPU
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        print(
+            "error: out of memory; halve --batch_size (in training, double --gradient_accumulation_steps with it: the "
+            f"update stays the same), or take a smaller model. XLA says: {_one_line(str(error))[:200]}",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(1)
 
 
 @contextlib.contextmanager

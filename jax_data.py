@@ -250,15 +250,19 @@ def get_batch(
 
     A pure function of its arguments and the files. split is 'train', 'val' or 'train_eval', which reads
     train.bin in a stream of its own. sampling is 'random' (crops anywhere; row i does not depend on
-    batch_size) or 'epoch' (blocks that do not overlap, each once an epoch, in an order of its own).
+    batch_size), 'epoch' (blocks that do not overlap, each once an epoch, in an order of its own) or 'spread'
+    (row i is a crop anywhere in the i-th of batch_size equal stretches: for evaluations, which it makes less noisy).
     """
-    if split not in STREAMS or sampling not in ("random", "epoch"):
+    if split not in STREAMS or sampling not in ("random", "epoch", "spread"):
         raise ValueError(f"split {split!r} or sampling {sampling!r} is unknown")
     windows_NW = _token_windows(Path(data_dir) / ("val.bin" if split == "val" else "train.bin"), block_size + 1)
-    if sampling == "random":
+    if sampling in ("random", "spread"):
         # raw bits, since numpy keeps them the same for ever, which it does not promise of its distributions
         raw_B = np.random.Philox(key=[seed ^ (STREAMS[split] << 32), step]).random_raw(batch_size)
-        starts_B = ((raw_B >> 11) * 2.0**-53 * len(windows_NW)).astype(np.int64)
+        where_B = (raw_B >> 11) * 2.0**-53
+        if sampling == "spread":
+            where_B = (np.arange(batch_size) + where_B) / batch_size
+        starts_B = np.minimum(where_B * len(windows_NW), len(windows_NW) - 1).astype(np.int64)
     else:
         blocks = (len(windows_NW) + block_size - 1) // block_size
         rows_B = np.arange(step * batch_size, (step + 1) * batch_size)

@@ -197,8 +197,8 @@ def train_step(
     """One update from A micro-batches of B rows. Pure; jit it with `compile_train_step`.
 
     Returns the new state and scalar metrics: `loss` (mean over the micro-batches, before the update), `grad_norm`
-    (before clipping), `finite` and `loss_scale`. If the loss or the gradient is not finite, the state is kept as it was
-    (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) alone.
+    (before clipping), `finite` and the `loss_scale` that was used. If the loss or the gradient is not finite, the state
+    is kept as it was (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) alone.
     """
     assert x_ABT.shape == y_ABT.shape, f"inputs {x_ABT.shape} and targets {y_ABT.shape} differ in shape"
     A = x_ABT.shape[0]
@@ -222,7 +222,7 @@ def train_step(
         (grads, loss), _ = jax.lax.scan(accumulate, zero, micro_batches)
     loss = loss / A
     grads = jax.tree.map(lambda g: g / (A * loss_scale.scale), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     directions, new_adam_state = optimizer.update(grads, adam_state, state.params)
@@ -230,9 +230,9 @@ def train_step(
     params, adam_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (new_params, new_adam_state), (state.params, adam_state)
     )
+    metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite, "loss_scale": loss_scale.scale}
     if config.dtype == "float16":
         loss_scale = update_loss_scale(loss_scale, finite)
-    metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite, "loss_scale": loss_scale.scale}
     return TrainState(params, (adam_state, loss_scale)), metrics
 
 

@@ -34,7 +34,7 @@ class SampleConfig:
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: Annotated[int, Between(1)] = 10  # samples to draw, all in one batch
     max_new_tokens: Annotated[int, Between(1)] = 500  # tokens to add to the prompt
-    temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is bolder, above 1 wilder, 0 greedy
+    temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is safer, above 1 wilder, 0 greedy
     top_k: Annotated[int, Between(0)] = 200  # draw among the k likeliest tokens only; 0 is all of them
     seed: Annotated[int, Between(0, below=2**32)] = 1337  # sample i depends on (seed, i) only
     device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
@@ -123,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with configurator.one_line_errors(jax_data.DataError, jax_checkpoint.CheckpointError):
-        main()
+    configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError)

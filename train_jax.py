@@ -152,10 +152,13 @@ def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, d
     Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with.
     """
     data_dir = jax_data.find_data_dir(config.dataset)
-    found: dict[str, Any] = jax_data.load_meta(data_dir) or {}
-    codec = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}  # without meta data, as in nanoGPT
-    codec |= {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
-    print(f"found vocab_size = {codec['vocab_size']} (inside {data_dir})")
+    found: dict[str, Any] | None = jax_data.load_meta(data_dir)
+    if found is None:
+        print(f"no meta.json in {data_dir}: its tokens are taken for GPT-2's, as nanoGPT does")
+        found = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
+    else:
+        print(f"found vocab_size = {found['vocab_size']} (inside {data_dir})")
+    codec: dict[str, Any] = {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
     if meta is not None:
         if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
             raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
@@ -266,7 +269,7 @@ def main() -> int:
     @functools.cache
     def eval_rows(split: str) -> list[jax.Array]:
         pair = jax_data.get_batch(
-            data_dir, split, 0, seed=config.seed, batch_size=eval_size, block_size=config.block_size
+            data_dir, split, 0, seed=config.seed, batch_size=eval_size, block_size=config.block_size, sampling="spread"
         )
         return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, layout.devices), mesh) for rows_RT in pair]
 
@@ -391,15 +394,6 @@ def main() -> int:
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         exit_code = EXIT_DIVERGED
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            f"error: out of memory with {layout.rows_per_device} rows of {config.block_size} tokens at a time on a "
-            f"device; halve --batch_size and double --gradient_accumulation_steps: the update stays the same",
-            file=sys.stderr,
-        )
-        exit_code = EXIT_MACHINE_FAILED
     finally:
         batches.close()
         saver.close()
@@ -410,11 +404,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        with configurator.one_line_errors(jax_data.DataError, jax_checkpoint.CheckpointError, jax_run_log.MetricsError):
-            sys.exit(main())
-    except jax_checkpoint.SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MACHINE_FAILED)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    configurator.run_script(
+        main,
+        jax_data.DataError,
+        jax_checkpoint.CheckpointError,
+        jax_run_log.MetricsError,
+        machine_failed=jax_checkpoint.SaveError,
+    )

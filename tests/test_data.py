@@ -51,7 +51,7 @@ def test_batch_is_int32_and_y_is_x_moved_on_by_one(tmp_path):
     np.testing.assert_array_equal(x_BT, x_BT[:, :1] + np.arange(16))
 
 
-@pytest.mark.parametrize("sampling", ["random", "epoch"])
+@pytest.mark.parametrize("sampling", ["random", "epoch", "spread"])
 def test_batch_depends_on_its_arguments_only(tmp_path, sampling):
     make_data(tmp_path)
     options = {"seed": 7, "batch_size": 4, "block_size": 8, "sampling": sampling}
@@ -160,6 +160,24 @@ def test_epoch_visits_each_block_once(tmp_path, n_tokens, block_size, batch_size
     for epoch in range(3):
         visited = starts[epoch * blocks : (epoch + 1) * blocks]
         assert sorted(visited) == [block * block_size for block in range(blocks)]
+
+
+@relaxed
+@given(n_tokens=st.integers(2, 60), batch_size=st.integers(1, 80), seed=st.integers(0, 2**32 - 1))
+def test_spread_takes_one_crop_from_each_of_batch_size_equal_stretches(tmp_path, n_tokens, batch_size, seed):
+    folder = tmp_path / str(n_tokens)
+    if not folder.exists():
+        make_data(folder, n_train=n_tokens)
+    starts = starts_of(folder, "train", 0, seed=seed, batch_size=batch_size, block_size=1, sampling="spread")
+    stretch = Fraction(n_tokens - 1, batch_size)
+    assert all(i * stretch - 1 < start < (i + 1) * stretch for i, start in enumerate(starts))
+
+
+def test_spread_draws_anywhere_in_a_stretch(tmp_path):
+    make_data(tmp_path, n_train=41)
+    options = {"batch_size": 4, "block_size": 1, "sampling": "spread"}
+    drawn = {start for seed in range(200) for start in starts_of(tmp_path, "train", 0, seed=seed, **options)}
+    assert drawn == set(range(40))
 
 
 def test_epochs_differ_in_order(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_greedy_continuation_is_the_argmax_of_the_forward_pass(run, workdir, fin
     itos = meta["codec"]["itos"]
     ids = [itos.index(c) for c in "the house ran to my mat and"]
     for _ in range(30):  # nanoGPT's way: the last block_size tokens through the model, again and again
-        window_BT = np.array([ids[-config.block_size :]])
+        window_BT = jnp.array([ids[-config.block_size :]])
         ids.append(int(np.argmax(forward(params, window_BT, config)[0, -1])))
     assert text == "".join(itos[i] for i in ids[27:])
 

@@ -409,6 +409,11 @@ def test_mistake_is_one_line_and_exit_2_and_writes_nothing(run, workdir, mistake
     assert fingerprints(workdir) == before
 
 
+def test_out_of_memory_is_one_line_that_says_what_to_halve(run):
+    error = the_error(run("train_jax.py", "tiny.py", "--n_embd=2000000", expect=1))
+    assert "out of memory; halve --batch_size" in error
+
+
 def test_mistake_in_a_config_file_names_the_file(run, workdir):
     (workdir / "typo.py").write_text("n_layers = 3\n")
     error = the_error(run("train_jax.py", "tiny.py", "typo.py", expect=2))
