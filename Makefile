@@ -16,10 +16,11 @@ help:  ## list the targets
 train: $(VENV)/train-$(JAX)  ## from nothing to a small GPT that writes Python-like text (2 CPU cores: 3 minutes)
 	@test -f data/stdlib_char/meta.json || $(BIN)/python data/stdlib_char/prepare.py
 	$(BIN)/python train_jax.py config/train_stdlib_char.py --overwrite=True
-	$(BIN)/python sample_jax.py --out_dir=out-stdlib-char --num_samples=2 --max_new_tokens=400
+	$(BIN)/python plot_jax.py out-stdlib-char
+	$(BIN)/python sample_jax.py --out_dir=out-stdlib-char --start="def " --num_samples=2 --max_new_tokens=300
 
 test: $(VENV)/dev-$(JAX)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 check: $(VENV)/train-$(JAX)  ## a self check in under a minute
 	$(BIN)/python test_jax_transformer.py

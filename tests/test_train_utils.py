@@ -390,7 +390,7 @@ def test_float16_scale_doubles_after_a_row_of_good_updates(monkeypatch):
         batch = random_batch()
         if iteration == 4:
             batch[0][0, 0, 0] = TINY.vocab_size  # NaN: the scale is halved and the row begins anew
-        state, metrics = update(step, state, batch, iteration)
+        state, _ = update(step, state, batch, iteration)
         scales.append(math.log2(state.opt_state[1].scale))
         good_updates.append(int(state.opt_state[1].good_updates))
     assert scales == [10, 10, 11, 11, 10, 10, 10, 11, 11]
