@@ -178,7 +178,8 @@ class RunLog:
             mfu = 100 * self.flops_per_iter / seconds_per_iter / self.peak
             self.mfu = mfu if self.mfu is None else 0.9 * self.mfu + 0.1 * mfu
         self.seconds = seconds_per_iter if self.records <= 2 else 0.9 * self.seconds + 0.1 * seconds_per_iter
-        eta = self.seconds * (self.max_iters - iter - 1)
+        # The first record's time is mostly compilation: it says nothing about the rest.
+        eta = "?" if self.records == 1 else _duration(self.seconds * (self.max_iters - iter - 1))
         tokens_per_s = self.tokens_per_iter / seconds_per_iter
         time_ms = 1000 * seconds_per_iter
 
@@ -187,7 +188,7 @@ class RunLog:
         mfu_shown = -100.0 if self.mfu is None else self.mfu  # -100: not known (yet), as nanoGPT prints it
         self.say(
             f"iter {iter}: loss {loss:.4f}, time {time_ms:.2f}ms, mfu {mfu_shown:.2f}%, "
-            f"{tokens_per_s:,.0f} tok/s, eta {_duration(eta)}"
+            f"{tokens_per_s:,.0f} tok/s, eta {eta}"
         )
         if self.bar is not None:
             self.bar.update(iter + 1 - self.bar.n)

@@ -42,8 +42,11 @@ def strict_json(line: str) -> dict[str, Any]:
 
 
 def test_the_iteration_line_is_nanogpts_with_additions_at_its_end(capsys):
-    make_log(None).iteration(10, 3.20412, 1e-3, 1.0, 0.03123)
-    assert capsys.readouterr().out == "iter 10: loss 3.2041, time 31.23ms, mfu -100.00%, 24,592 tok/s, eta 3s\n"
+    log = make_log(None)
+    log.iteration(9, 3.3, 1e-3, 1.0, 2.0)
+    log.iteration(10, 3.20412, 1e-3, 1.0, 0.03123)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == "iter 10: loss 3.2041, time 31.23ms, mfu -100.00%, 24,592 tok/s, eta 3s"
 
 
 def test_the_evaluation_line_is_nanogpts(capsys):
@@ -80,7 +83,7 @@ def test_the_eta_forgets_the_first_record_which_holds_the_compilation(capsys):
     log.iteration(2, 4.0, 1e-3, 1.0, 2.0)  # mean 1.1 s, 99 left
     log.iteration(101, 4.0, 1e-3, 1.0, 1.0)
     etas = [line.split("eta ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert etas == ["1h41m", "1m40s", "1m49s", "0s"]
+    assert etas == ["?", "1m40s", "1m49s", "0s"]
 
 
 def test_lines_go_to_stdout_and_the_bar_only_to_a_terminal(capsys, monkeypatch):
