@@ -118,13 +118,14 @@ def run_script(
             sys.exit(main())
     except machine_failed as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # how XLA says it on a GPU, and on a CPU
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+        ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+        if not ran_out and not isinstance(error, MemoryError):
             raise
         print(
             "error: out of memory; halve --batch_size (in training, double --gradient_accumulation_steps with it: the "
-            f"update stays the same), or take a smaller model. XLA says: {_one_line(str(error))[:200]}",
+            f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})",
             file=sys.stderr,
         )
     except KeyboardInterrupt:

@@ -101,7 +101,7 @@ def _steps(root: Path) -> list[int]:
     return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
 
 
-def _newest_good(root: Path) -> tuple[Path | None, list[str]]:
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """The newest step that verifies, and a line for each newer one that does not."""
     skipped: list[str] = []
     for step in _steps(root):
@@ -113,8 +113,8 @@ def _newest_good(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def holds_run(out_dir: Path) -> bool:
-    """Whether there is a checkpoint that verifies."""
-    return _newest_good(out_dir / "checkpoints")[0] is not None
+    """Whether there is a checkpoint that verifies, the best one included."""
+    return any(newest_good(out_dir / name)[0] is not None for name in ("checkpoints", "best"))
 
 
 def find(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
@@ -126,7 +126,9 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
     out_dir = Path(out_dir)
     if which in ("latest", "best"):
         root = out_dir / {"latest": "checkpoints", "best": "best"}[which]
-        step_dir, skipped = _newest_good(root)
+        step_dir, skipped = newest_good(root)
+        if step_dir is None:  # a trainer beside us may have replaced them all while they were being verified
+            step_dir, skipped = newest_good(root)
         if step_dir is None:
             reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
             raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
@@ -164,8 +166,8 @@ def read_meta(step_dir: Path) -> dict[str, Any]:
 def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     """Arrays of a step. items: name ('params', 'opt_state') -> tree of ShapeDtypeStruct with the shardings wanted.
 
-    Restores straight into the shardings, on whatever devices. Raises CheckpointError if names, shapes or dtypes differ:
-    orbax alone would cast silently.
+    Restores straight into the shardings, on whatever devices. Raises CheckpointError if names, shapes or dtypes differ
+    (orbax alone would cast silently), or if the step vanishes meanwhile.
     """
     import orbax.checkpoint as ocp
 
@@ -176,12 +178,17 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
         meta=ocp.JsonCheckpointHandler(),
     )
     path = step_dir.resolve()  # orbax refuses a relative path
-    with ocp.Checkpointer(handler) as checkpointer:
-        on_disk = checkpointer.metadata(path).item_metadata
-        for name, wanted in items.items():
-            _check_leaves(path / name, on_disk[name].tree, wanted)
-        args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
-        restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            on_disk = checkpointer.metadata(path).item_metadata
+            for name, wanted in items.items():
+                if name not in on_disk:
+                    raise FileNotFoundError(path / name)
+                _check_leaves(path / name, on_disk[name].tree, wanted)
+            args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
+            restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
+    except FileNotFoundError as error:  # the trainer of this run keeps only the newest
+        raise CheckpointError(f"{step_dir} was removed while it was being read; run the same command again") from error
     return {name: restored[name] for name in items}
 
 
@@ -218,11 +225,15 @@ class Saver:
         self._sealing: Future | None = None
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob("*.orbax-checkpoint-tmp*"):  # a kill in the middle of a save
+            unsealed = [root / str(step) for step in _steps(root) if not (root / str(step) / MANIFEST).exists()]
+            for leftover in [*root.glob("*.orbax-checkpoint-tmp*"), *unsealed]:  # a kill in the middle of a save
                 shutil.rmtree(leftover)
 
     def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool) -> None:
-        """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step."""
+        """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step.
+
+        Raises SaveError, also for the save before this one.
+        """
         import orbax.checkpoint as ocp
 
         self.wait()
@@ -245,21 +256,23 @@ class Saver:
     def _seal(self, step: int, is_best: bool) -> None:
         self._orbax.wait_until_finished()
         step_dir = self.root / str(step)
-        write_manifest(step_dir)
+        # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
         if is_best:
             self._copy_to_best(step_dir)
-        sealed = [s for s in _steps(self.root) if (self.root / str(s) / MANIFEST).exists()]
-        for old in sealed[self.keep :]:
+        write_manifest(step_dir)
+        # What is newer than the step just saved was found damaged: it is no reason to remove a good one.
+        older = [s for s in _steps(self.root) if s <= step]
+        for old in older[self.keep :]:
             _remove_step(self.root / str(old))
 
     def _copy_to_best(self, step_dir: Path) -> None:
         """A second copy on disk rather than a link: what damages one leaves the other."""
         target, temporary = self.best / step_dir.name, self.best / f"{step_dir.name}.orbax-checkpoint-tmp"
+        shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
+        write_manifest(temporary)
         if target.exists():
             _remove_step(target)
-        shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
         temporary.rename(target)
-        write_manifest(target)
         for old in _steps(self.best):
             if old != int(step_dir.name):
                 _remove_step(self.best / str(old))

@@ -245,6 +245,7 @@ def get_batch(
     batch_size: int,
     block_size: int,
     sampling: str = "random",
+    vocab_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The batch of one step: (x_BT, y_BT), int32, where y is x moved on by one token.
 
@@ -252,9 +253,14 @@ def get_batch(
     train.bin in a stream of its own. sampling is 'random' (crops anywhere; row i does not depend on
     batch_size), 'epoch' (blocks that do not overlap, each once an epoch, in an order of its own) or 'spread'
     (row i is a crop anywhere in the i-th of batch_size equal stretches: for evaluations, which it makes less noisy).
+    With vocab_size the ids are checked: of a huge file, check_dataset looks at parts only. Raises DataError.
     """
     if split not in STREAMS or sampling not in ("random", "epoch", "spread"):
         raise ValueError(f"split {split!r} or sampling {sampling!r} is unknown")
+    if not (0 <= seed < 2**32 and step >= 0 and batch_size >= 1 and block_size >= 1):
+        raise ValueError(
+            f"seed={seed} (0 to 2**32 - 1), {step=} (0 or more), {batch_size=} or {block_size=} (1 or more)"
+        )
     windows_NW = _token_windows(Path(data_dir) / ("val.bin" if split == "val" else "train.bin"), block_size + 1)
     if sampling in ("random", "spread"):
         # raw bits, since numpy keeps them the same for ever, which it does not promise of its distributions
@@ -272,6 +278,8 @@ def get_batch(
             order = _epoch_order(seed ^ ((STREAMS[split] + EPOCH_STREAM) << 32), epoch, blocks)
             starts_B[here_B] = order[rows_B[here_B] % blocks] * block_size
     rows_BW = windows_NW[starts_B]
+    if vocab_size is not None and rows_BW.max() >= vocab_size:
+        raise DataError(f"{data_dir}: a token id in the {split} data is {rows_BW.max()}, not below {vocab_size}")
     return rows_BW[:, :-1].astype(np.int32), rows_BW[:, 1:].astype(np.int32)
 
 

@@ -78,9 +78,13 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state."""
     params = init_params(config, random_keys(seed)[0])
-    scale = INITIAL_LOSS_SCALE if config.dtype == "float16" else 1.0
-    loss_scale = LossScale(jnp.asarray(scale, jnp.float32), jnp.asarray(0, jnp.int32))
-    return TrainState(params, (optimizer.init(params), loss_scale))
+    return TrainState(params, (optimizer.init(params), initial_loss_scale(config.dtype)))
+
+
+def initial_loss_scale(dtype: str) -> LossScale:
+    """Where the loss scale starts; it stays 1 in any type but float16."""
+    scale = INITIAL_LOSS_SCALE if dtype == "float16" else 1.0
+    return LossScale(jnp.asarray(scale, jnp.float32), jnp.asarray(0, jnp.int32))
 
 
 def fresh_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
@@ -129,8 +133,8 @@ def find_devices(device: str) -> list[jax.Device]:
         jax.config.update("jax_platforms", platforms[platform])
     try:
         devices = jax.local_devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the platform that is missing
+        reason = next(iter(str(error).splitlines()), "JAX was installed without it")
         raise ValueError(
             f"device={device}: JAX finds no such device ({reason}); see JAX_README.md, Installation"
         ) from None
@@ -151,11 +155,13 @@ def compute_dtype(dtype: str, device: jax.Device) -> str:
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """The devices in a row, along one axis named 'data'."""
     # Auto: shardings are given to arrays, the compiler does the rest. Explicit would have to be told at each lookup.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -194,7 +200,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from A micro-batches of B rows. Pure; jit it with `compile_train_step`.
+    """One update from A micro-batches of B rows: ids and targets (A, B, T), learning_rate and iteration scalars.
+
+    Pure; jit it with `compile_train_step`.
 
     Returns the new state and scalar metrics: `loss` (mean over the micro-batches, before the update), `grad_norm`
     (before clipping), `finite` and the `loss_scale` that was used. If the loss or the gradient is not finite, the state
@@ -260,4 +268,5 @@ def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: G
 
 
 def compile_eval(config: GPTConfig):
+    """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB."""
     return jax.jit(functools.partial(eval_losses, config=config))

@@ -45,6 +45,8 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise ValueError(f"dtype={self.dtype!r} must be float32, bfloat16, float16 or, with x64 on, float64")
         if self.gelu not in ("erf", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} must be 'erf' or 'tanh'")
 
@@ -180,6 +182,16 @@ def init_params(config: GPTConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(params=key)), nnx.Param)[1])
 
 
+@functools.cache
+def _expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    return _shapes(abstract_params(config))
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(leaf) for path, leaf in leaves}
+
+
 def abstract_params(config: GPTConfig) -> Params:
     """The shapes and dtypes that `init_params` would give, without computing anything."""
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
@@ -190,12 +202,18 @@ def forward(
 ) -> jax.Array:
     """Logits (B, T, V) of the next token at each position, in config.dtype. With `dropout_key`, in training mode.
 
-    Ids must lie in [0, vocab_size): an id outside gives NaN, so check them on the host (jax_data.check_dataset).
+    Ids must lie in [0, vocab_size). Outside, compiled code cannot raise: a larger id gives NaN, a negative one wraps to
+    another token. Check them on the host (jax_data.check_dataset). Raises AssertionError on a wrong rank, type, length,
+    or on parameters of another configuration.
     """
     assert input_ids_BT.ndim == 2, f"input_ids_BT must have 2 dimensions, (batch, time), not shape {input_ids_BT.shape}"
     assert jnp.issubdtype(input_ids_BT.dtype, jnp.integer), f"input_ids_BT must be integers, not {input_ids_BT.dtype}"
     T = input_ids_BT.shape[1]
     assert 1 <= T <= config.block_size, f"{T} tokens do not fit in block_size={config.block_size}"
+    if (given := _shapes(params)) != (expected := _expected_shapes(config)):
+        differ = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))
+        name = differ[0]
+        raise AssertionError(f"params do not fit config: {name} is {given.get(name)}, expected {expected.get(name)}")
     rngs = None if dropout_key is None or config.dropout == 0 else nnx.Rngs(dropout=dropout_key)
     return nnx.merge(_graphdef(config), params)(input_ids_BT, rngs)
 

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,12 +84,16 @@ class TrainConfig:
 
 NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite", "print_config")
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
+EVAL_SEED = 1337  # whatever --seed: runs of several seeds are compared on the same rows
 
 EXIT_MACHINE_FAILED, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 3, 75, 130  # 2 is bad usage or bad input
 
 
 class DivergenceError(Exception):
     """The loss or the gradient is not finite."""
+
+
+ADVICE = "; nothing bad was saved. A lower --learning_rate or more --warmup_iters may help"
 
 
 @dataclass
@@ -106,15 +111,28 @@ class Progress:
 
 
 def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
-    """The rules between options. Raises ConfigError."""
+    """The rules between options, and for out_dir. Raises ConfigError."""
+
+    def named(key: str) -> str:
+        return f"{key}={getattr(config, key)} ({sources.get(key, 'default')})"
+
     if config.n_embd % config.n_head:
-        raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; choose another of them")
+        raise ConfigError(f"{named('n_embd')} is not divisible by {named('n_head')}; choose another of them")
     if config.init_from not in ("scratch", "resume"):
         raise ConfigError(
-            f"init_from={config.init_from!r} must be scratch or resume; starting from GPT-2's weights is not here yet"
+            f"{named('init_from')} must be scratch or resume; starting from GPT-2's weights is not here yet"
         )
     if config.checkpoint != "latest" and not (config.init_from == "resume" and config.eval_only):
-        raise ConfigError(f"checkpoint={config.checkpoint} is for --init_from=resume --eval_only=True")
+        raise ConfigError(f"{named('checkpoint')} is for --init_from=resume --eval_only=True")
+    if config.overwrite and (config.init_from == "resume" or config.eval_only):
+        raise ConfigError(f"{named('overwrite')} removes the run, which resume and eval_only need; leave it out")
+    out_dir = Path(config.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
+    if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_checkpoint.holds_run(out_dir):
+        raise ConfigError(
+            f"{named('out_dir')} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
+        )
     for key in ("compile", "backend"):
         if key in sources:
             print(f"note: {key} has no meaning here: JAX always compiles, and picks its own backend")
@@ -181,10 +199,36 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._request)
 
     def _request(self, signum: int, _frame: object) -> None:
-        if self.signal is not None and signum == signal.SIGINT:
+        if self.signal == signal.SIGINT == signum:
             os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
             os._exit(EXIT_INTERRUPTED)
         self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
+
+
+def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
+    """A function from parameters to (train loss, val loss), means over eval_iters batches of each split.
+
+    The rows are the same at every evaluation; all of a split are one dispatch.
+    """
+    import jax_train_utils as utils
+
+    eval_losses = utils.compile_eval(model)
+    rows = config.eval_iters * config.batch_size
+
+    @functools.cache
+    def rows_of(split: str) -> list:
+        pair = jax_data.get_batch(
+            data_dir, split, 0, seed=EVAL_SEED, batch_size=rows, block_size=config.block_size,
+            sampling="spread", vocab_size=model.vocab_size,
+        )  # fmt: skip
+        return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, mesh.size), mesh) for rows_RT in pair]
+
+    def evaluate(params: Any) -> tuple[float, float]:
+        losses = [eval_losses(params, *rows_of(split)) for split in ("train_eval", "val")]
+        train_loss, val_loss = (np.asarray(a).reshape(-1)[:rows].mean() for a in losses)  # host-device sync
+        return float(train_loss), float(val_loss)
+
+    return evaluate
 
 
 def main() -> int:
@@ -197,14 +241,10 @@ def main() -> int:
         meta = jax_checkpoint.read_meta(step_dir)
         config, sources = inherit_options(step_dir, meta)
     if config.print_config:
-        configurator.print_sources(config, sources, "default" if meta is None else "the checkpoint")
+        labels = dict.fromkeys(NEVER_INHERITED, "default") | sources
+        configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint")
         return 0
     check_options(config, sources)
-    may_start = config.init_from == "resume" or config.eval_only or config.overwrite
-    if not may_start and jax_checkpoint.holds_run(out_dir):
-        raise ConfigError(
-            f"out_dir={config.out_dir} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
-        )
     data_dir, codec, vocab_size = open_data(config, meta)
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
@@ -250,8 +290,16 @@ def main() -> int:
         items = ["params"] if config.eval_only else ["params", "opt_state"]
         restored = jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
         state = utils.TrainState(restored["params"], restored.get("opt_state"))
+        if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
+            state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+        # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
+        if best_dir := jax_checkpoint.newest_good(out_dir / "best")[0]:
+            losses = [progress.best_val_loss, jax_checkpoint.read_meta(best_dir)["best_val_loss"]]
+            progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
     print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
+
+    evaluate = make_evaluate(config, model, data_dir, mesh)
 
     def lr_at(iteration: int) -> float:
         if not config.decay_lr:
@@ -261,29 +309,12 @@ def main() -> int:
         )
 
     # ------------------------------------------------------------------------------------------------------------------
-    # evaluation: the same seeded rows every time, all of a split in one dispatch
-
-    eval_losses = utils.compile_eval(model)
-    eval_size = config.eval_iters * config.batch_size
-
-    @functools.cache
-    def eval_rows(split: str) -> list[jax.Array]:
-        pair = jax_data.get_batch(
-            data_dir, split, 0, seed=config.seed, batch_size=eval_size, block_size=config.block_size, sampling="spread"
-        )
-        return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, layout.devices), mesh) for rows_RT in pair]
-
-    def evaluate() -> tuple[float, float]:
-        """Mean loss over eval_iters batches of the training data, and of the validation data."""
-        losses = [eval_losses(state.params, *eval_rows(split)) for split in ("train_eval", "val")]
-        train_loss, val_loss = (np.asarray(a).reshape(-1)[:eval_size].mean() for a in losses)  # host-device sync
-        return float(train_loss), float(val_loss)
-
-    # ------------------------------------------------------------------------------------------------------------------
     # run directory, logs, checkpoints. Nothing on disk was touched before, and with eval_only nothing is
 
     options = dataclasses.asdict(config)
     wandb_run = None
+    if meta is not None and (out_dir / "metrics.jsonl").exists():
+        jax_run_log.read_metrics(out_dir / "metrics.jsonl")  # a damaged log is told before anything is written
     if not config.eval_only:
         if config.overwrite:
             jax_checkpoint.remove_run(out_dir)
@@ -305,7 +336,7 @@ def main() -> int:
         wandb_run=wandb_run,
     )
     if config.eval_only:
-        log.evaluation(progress.step, *evaluate(), lr_at(progress.step))
+        log.evaluation(progress.step, *evaluate(state.params), lr_at(progress.step))
         return 0
 
     stop = StopRequest()  # from here on a signal saves
@@ -322,22 +353,20 @@ def main() -> int:
     # training
 
     train_step = utils.compile_train_step(model, optimizer, config.seed)
-    clock = time.perf_counter(), progress.step  # since when, and since which iteration: for the time per iteration
+    timed_since, timed_from = time.perf_counter(), progress.step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
     def make_batch(iteration: int) -> list[jax.Array]:
         """An iteration's rows on the devices. Runs in the prefetch thread."""
         pair = jax_data.get_batch(
             data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
-            sampling=config.sampling,
+            sampling=config.sampling, vocab_size=vocab_size,
         )  # fmt: skip
-        if max(rows_RT.max() for rows_RT in pair) >= vocab_size:  # of a huge file, only parts were checked at start
-            raise jax_data.DataError(f"{data_dir}/train.bin holds a token id that is not below {vocab_size}")
         return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
 
     def report_in_flight() -> None:
         """Log the iteration in flight, waiting for it to be through. Raises DivergenceError."""
-        nonlocal clock, in_flight
+        nonlocal timed_since, timed_from, in_flight
         if in_flight is None:
             return
         iteration, metrics = in_flight
@@ -346,12 +375,12 @@ def main() -> int:
         if not values["finite"] and values["loss_scale"] <= 1:
             raise DivergenceError(
                 f"training diverged at iteration {iteration}: loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}; nothing bad was saved. A lower --learning_rate or more --warmup_iters may help"
+                f"{values['grad_norm']}{ADVICE}"
             )
         if iteration % config.log_interval == 0:
-            since, first = clock
-            clock = time.perf_counter(), iteration + 1
-            seconds = (clock[0] - since) / (iteration + 1 - first)
+            now = time.perf_counter()
+            seconds = (now - timed_since) / (iteration + 1 - timed_from)
+            timed_since, timed_from = now, iteration + 1
             log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
 
     batches = jax_data.prefetch(make_batch, progress.step)
@@ -360,11 +389,13 @@ def main() -> int:
             step, last = progress.step, progress.step >= config.max_iters
             if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stop.signal:
                 report_in_flight()
-                train_loss, val_loss = evaluate()
+                train_loss, val_loss = evaluate(state.params)
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
+                if not math.isfinite(train_loss + val_loss):
+                    raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite{ADVICE}")
                 progress.evaluated_at = step
                 best = progress.best_val_loss
-                improved = math.isfinite(val_loss) and (best is None or val_loss < best)
+                improved = best is None or val_loss < best
                 if improved:
                     progress.best_val_loss = val_loss
                 if step > 0 and (improved or last or config.always_save_checkpoint):
@@ -373,7 +404,7 @@ def main() -> int:
                     elif improved:  # saved by a signal before it could be evaluated
                         saver.copy_to_best(step)
                     saved_at = step
-                clock = time.perf_counter(), step  # evaluations do not count as training time
+                timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
             if last or stop.signal:
                 break
 
@@ -395,9 +426,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         exit_code = EXIT_DIVERGED
     finally:
+        failed = sys.exc_info()[0] is not None
         batches.close()
-        saver.close()
-        log.close(EXIT_MACHINE_FAILED if sys.exc_info()[0] else exit_code)
+        try:
+            saver.close()
+        finally:
+            log.close(EXIT_MACHINE_FAILED if failed else exit_code)
     if stop.signal and exit_code == EXIT_STOPPED:
         print(f"stopped by {stop.signal.name} at step {progress.step} and saved; --init_from=resume goes on from there")
     return exit_code
@@ -409,5 +443,5 @@ if __name__ == "__main__":
         jax_data.DataError,
         jax_checkpoint.CheckpointError,
         jax_run_log.MetricsError,
-        machine_failed=jax_checkpoint.SaveError,
+        machine_failed=(jax_checkpoint.SaveError, OSError),
     )

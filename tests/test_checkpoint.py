@@ -174,6 +174,7 @@ def test_nothing_that_verifies_is_an_error_that_says_why(out_dir, tmp_path):
         (out_dir / f"checkpoints/{step}/MANIFEST.json").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint that verifies in .*7 skipped: .*3 skipped: "):
         find(out_dir)
+    shutil.rmtree(out_dir / "best")
     assert not jax_checkpoint.holds_run(out_dir)
     with pytest.raises(CheckpointError, match="there is none; train first"):
         find(tmp_path / "nowhere")
@@ -193,6 +194,35 @@ def test_a_new_saver_removes_what_a_kill_left_and_saves_over_an_unfinished_step(
     save_steps(out_dir, {9: False})
     assert sorted(p.name for p in (out_dir / "checkpoints").iterdir()) == ["7", "9"]
     assert equal(restore(find(out_dir)[0], {"params": abstract(tree(9))})["params"], tree(9))
+
+
+def test_a_damaged_newer_step_does_not_cost_the_good_one_just_saved(out_dir):
+    flip_a_bit(files_of(out_dir / "checkpoints/7")[0], random.Random(0))
+    save_steps(out_dir, {5: False}, keep=1)
+    assert find(out_dir)[0].name == "5"
+
+
+def test_best_is_copied_before_the_step_that_promises_it_is_sealed(tmp_path, monkeypatch):
+    sealed, write = [], jax_checkpoint.write_manifest
+
+    def note_and_write(path: Path) -> None:
+        sealed.append(path.parent.name)
+        write(path)
+
+    monkeypatch.setattr(jax_checkpoint, "write_manifest", note_and_write)
+    save_steps(tmp_path, {3: True})
+    assert sealed == ["best", "checkpoints"]
+
+
+def test_a_good_best_alone_is_a_run(out_dir):
+    shutil.rmtree(out_dir / "checkpoints")
+    assert jax_checkpoint.holds_run(out_dir)
+
+
+def test_a_step_removed_while_it_is_read_is_one_line(out_dir):
+    shutil.rmtree(out_dir / "checkpoints/7/params")
+    with pytest.raises(CheckpointError, match="was removed while it was being read"):
+        restore(out_dir / "checkpoints/7", {"params": abstract(tree(7))})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,32 @@ def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
+def test_state_whose_evaluation_is_not_finite_is_never_saved(run, workdir):
+    # loss and gradient of iteration 0 are finite, its update is not; the next thing is an evaluation
+    wreck = ("--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", "--eval_interval=1", "--max_iters=1")
+    done = run("train_jax.py", "tiny.py", *wreck, expect=3)
+    assert "training diverged before step 1: the evaluation is not finite" in the_error(done)
+    assert not list((workdir / "out" / "checkpoints").iterdir())
+
+
+def test_killed_run_resumes_to_the_same_losses(run, workdir, environment):
+    run("train_jax.py", "tiny.py", "--out_dir=straight", "--max_iters=200", "--eval_interval=50")
+    process = start(workdir, environment, "tiny.py", "--max_iters=200", "--eval_interval=50")
+    wait_for_line(process, "iter 130:")
+    process.kill()
+    process.wait()
+    resumed = run("train_jax.py", "--init_from=resume", "--out_dir=out")
+    assert re.search(r"Resuming training from out/checkpoints/(50|100)$", resumed.stdout, re.M)
+    assert without_times(metrics(workdir / "out")) == without_times(metrics(workdir / "straight"))
+
+
+def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
+    run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=2")
+    wreck = ("--learning_rate=1e38", "--decay_lr=False", "--grad_clip=0", "--max_iters=12", "--eval_interval=100")
+    done = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--dtype=float32", *wreck, expect=3)
+    assert "training diverged at iteration 3" in the_error(done)
+
+
 def test_bfloat16_learns_as_float32_does(run, workdir, finished):
     done = run("train_jax.py", "tiny.py", "--dtype=bfloat16")
     assert "computing in bfloat16 on 1 x cpu" in done.stdout
@@ -253,11 +279,16 @@ def test_directory_with_a_run_is_refused_and_overwrite_removes_only_the_run(run,
     (finished / "notes.txt").write_text("mine")
     before = fingerprints(workdir)
     error = the_error(run("train_jax.py", *again, expect=2))
-    assert "out_dir=finished holds a run" in error and "--init_from=resume" in error and "--overwrite=True" in error
+    assert (
+        "out_dir=finished (--out_dir=finished) holds a run" in error
+        and "--init_from=resume" in error
+        and "--overwrite=True" in error
+    )
     # bad options or data are found before anything is removed
     run("train_jax.py", *again, "--overwrite=True", "--n_head=3", expect=2)
     run("train_jax.py", *again, "--overwrite=True", "--dataset=nowhere", expect=2)
     run("train_jax.py", *again, "--overwrite=True", "--device=tpu", expect=2)
+    run("train_jax.py", *again, "--overwrite=True", "--init_from=resume", expect=2)
     assert fingerprints(workdir) == before
     run("train_jax.py", *again, "--overwrite=True", "--max_iters=3")
     assert [r["iter"] for r in metrics(finished) if "loss" in r] == [0, 1, 2]
@@ -277,8 +308,9 @@ def test_resume_keeps_options_and_names_each_one_changed(run, workdir):
     config = json.loads((workdir / "out" / "config.json").read_text())
     assert (config["weight_decay"], config["seed"], config["beta2"], config["max_iters"]) == (0.3, 7, 0.9, 4)
     shown = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--print_config=True", "--max_iters=9").stdout
-    assert re.search(r"^seed + *= 7 +# the checkpoint$", shown, re.M)
-    assert re.search(r"^max_iters +*= 9 +# --max_iters=9$".replace("+*", " *"), shown, re.M)
+    assert re.search(r"^eval_only *= False +# default$", shown, re.M)
+    assert re.search(r"^seed *= 7 +# the checkpoint$", shown, re.M)
+    assert re.search(r"^max_iters *= 9 +# --max_iters=9$", shown, re.M)
 
 
 @pytest.mark.parametrize("option", ["n_layer=3", "n_embd=32", "block_size=8", "bias=True", "gelu=tanh"])
@@ -301,10 +333,10 @@ def test_resume_refuses_data_of_another_vocabulary(run, workdir, finished):
 def test_resume_refuses_a_damaged_log_and_keeps_it(run, workdir, finished):
     path = finished / "metrics.jsonl"
     path.write_text("not JSON\n" + path.read_text())
-    before = path.read_bytes()
+    before = fingerprints(finished)
     error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
     assert "finished/metrics.jsonl, line 1:" in error
-    assert path.read_bytes() == before
+    assert fingerprints(finished) == before
 
 
 def test_resume_of_a_finished_run_does_nothing(run, finished):
@@ -325,6 +357,18 @@ def test_best_is_the_lowest_validation_loss_and_latest_is_kept_beside_it(run, wo
     assert best <= 20 and losses[30] > losses[best] + 1
     assert [p.name for p in (workdir / "out" / "best").iterdir()] == [str(best)]
     assert sorted(p.name for p in (workdir / "out" / "checkpoints").iterdir()) == ["25", "30"]
+
+
+def test_log_interval_keep_checkpoints_and_no_updates_at_all(run, workdir):
+    run("train_jax.py", "tiny.py", "--max_iters=0")
+    assert [list(r) for r in metrics(workdir / "out")] == [["iter", "train/loss", "val/loss", "lr", "mfu"]]
+    assert [p.name for p in (workdir / "out/checkpoints").iterdir()] == ["0"]
+    more = ("--init_from=resume", "--out_dir=out")
+    run("train_jax.py", *more, "--max_iters=9", "--log_interval=4", "--eval_interval=2", "--keep_checkpoints=3")
+    assert [r["iter"] for r in metrics(workdir / "out") if "loss" in r] == [0, 4, 8]
+    assert sorted(p.name for p in (workdir / "out/checkpoints").iterdir()) == ["6", "8", "9"]
+    run("train_jax.py", *more, "--max_iters=5")  # fewer than are done already: nothing to do, nothing lost
+    assert sorted(p.name for p in (workdir / "out/checkpoints").iterdir()) == ["6", "8", "9"]
 
 
 def test_without_always_save_only_improvements_and_the_end_are_saved(run, workdir):
@@ -379,8 +423,16 @@ MISTAKES = {
     "out of range": (["--dropout=1.5"], lambda data: None, ["dropout", "below 1"]),
     "not a choice": (["--dtype=float8"], lambda data: None, ["dtype", "bfloat16"]),
     "missing config file": (["tiny_.py"], lambda data: None, ["tiny_.py", "tiny.py"]),
-    "heads do not divide the width": (["--n_head=3"], lambda data: None, ["n_embd=16", "n_head=3"]),
-    "unknown start": (["--init_from=nothing"], lambda data: None, ["init_from='nothing'", "scratch", "resume"]),
+    "heads do not divide the width": (
+        ["--n_head=3"],
+        lambda data: None,
+        ["n_embd=16 (tiny.py)", "n_head=3 (--n_head=3)"],
+    ),
+    "unknown start": (
+        ["--init_from=nothing"],
+        lambda data: None,
+        ["init_from=nothing (--init_from=nothing)", "scratch", "resume"],
+    ),
     "checkpoint without eval_only": (["--checkpoint=best"], lambda data: None, ["checkpoint=best", "eval_only"]),
     "no data set": (["--dataset=nowhere"], lambda data: None, ["nowhere", "prepare", "tiny"]),
     "no val.bin": ([], lambda data: (data / "val.bin").unlink(), ["val.bin is missing"]),
@@ -393,7 +445,15 @@ MISTAKES = {
     "odd file size": ([], lambda data: (data / "train.bin").write_bytes(b"x" * 999), ["train.bin", "999 bytes"]),
     "meta that is no JSON": ([], lambda data: (data / "meta.json").write_text("{"), ["meta.json"]),
     "no checkpoint": (["--init_from=resume"], lambda data: None, ["no checkpoint that verifies in out/checkpoints"]),
-    "no such device": (["--device=tpu"], lambda data: None, ["device=tpu"]),
+    "no TPU": (["--device=tpu"], lambda data: None, ["device=tpu"]),
+    "no GPU": (["--device=cuda"], lambda data: None, ["device=cuda: JAX finds no such device"]),
+    "no second GPU": (["--device=cuda:1"], lambda data: None, ["device=cuda:1: JAX finds no such device"]),
+    "out_dir is a file": (["--out_dir=tiny.py"], lambda data: None, ["out_dir=tiny.py", "is a file"]),
+    "overwrite what is to be resumed": (
+        ["--init_from=scratch", "--eval_only=True", "--overwrite=True"],
+        lambda data: None,
+        ["overwrite=True (--overwrite=True)", "eval_only"],
+    ),
     "not a device": (["--device=abacus"], lambda data: None, ["device='abacus'", "cpu"]),
     "no such device number": (["--device=cpu:5"], lambda data: None, ["cpu:5"]),
 }
