@@ -82,6 +82,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line.decode())
             if not isinstance(record, dict) or type(record.get("iter")) is not int:
                 raise ValueError('not an object with an integer "iter"')
+            if any(value is not None and type(value) not in (int, float) for value in record.values()):
+                raise ValueError("a value that is not a number")
         except ValueError as error:  # bad JSON and bad UTF-8 are ValueErrors too
             if number == len(lines):
                 break

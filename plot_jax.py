@@ -16,7 +16,10 @@ Records = list[dict[str, Any]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw the loss curves of one or several runs as one PNG.")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=PNG]: the loss curves of one or several runs as one PNG.",
+    )
     parser.add_argument("out_dirs", nargs="+", type=Path, metavar="OUT_DIR", help="a run's directory")
     parser.add_argument("--out", type=Path, help="the picture (default: curves.png in the first OUT_DIR)")
     args = parser.parse_args()

@@ -151,19 +151,26 @@ def test_stdlib_char_needs_no_network_and_is_plain_ascii(repo):
     jax_data.check_dataset(repo / "data" / "stdlib_char", 1024, meta["vocab_size"])
 
 
-@pytest.mark.parametrize("name", ["shakespeare_char", "stdlib_char"])
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "stdlib_char", "openwebtext"])
 def test_data_is_byte_identical_from_any_working_directory_and_lies_beside_the_script(repo, name):
+    if name in ("shakespeare", "openwebtext"):
+        need_gpt2_tokenizer(repo)
     folder = repo / "data" / name
-    if name != "stdlib_char":
+    options = []
+    if name.startswith("shakespeare"):
         (folder / "input.txt").write_text("own text, not Shakespeare's\n" * 20)
-    prepare_well(repo, f"{name}/prepare.py", cwd=repo)
+    if name == "openwebtext":
+        (repo / "shards").mkdir()
+        (repo / "shards" / "a.jsonl").write_text('{"text": "own text"}\n' * 40)
+        options = [f"--source={repo / 'shards'}", "--num_proc=1", "--val_fraction=0.2"]
+    prepare_well(repo, f"{name}/prepare.py", *options, cwd=repo)
     first = digests(folder)
-    assert set(first) == {"train.bin", "val.bin", "meta.json", "meta.pkl"}
+    assert set(first) == {"train.bin", "val.bin", "meta.json"} | ({"meta.pkl"} if name.endswith("char") else set())
     for file in first:
         (folder / file).unlink()
-    prepare_well(repo, f"{name}/prepare.py", cwd=folder)
+    prepare_well(repo, f"{name}/prepare.py", *options, cwd=folder)
     assert digests(folder) == first
-    prepare_well(repo, f"{name}/prepare.py", cwd=repo.parent)  # over what is there
+    prepare_well(repo, f"{name}/prepare.py", *options, cwd=repo.parent)  # over what is there
     assert digests(folder) == first
     assert not list(repo.rglob("*.tmp"))
 
