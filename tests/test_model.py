@@ -25,6 +25,7 @@ from jax_transformer import (
     flops_per_token,
     forward,
     init_params,
+    layer_norm,
     num_params,
 )
 
@@ -66,6 +67,30 @@ def compiled_forward(params: Params, ids_BT: jax.Array, config: GPTConfig) -> ja
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the one gradient that is written by hand
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_layer_norm_and_its_gradient_are_those_of_the_formula(dtype, tolerance):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_RD = (3 + 2 * jax.random.normal(keys[0], (7, 24))).astype(dtype)
+    scale_D, weights_RD = jax.random.normal(keys[1], (24,)), jax.random.normal(keys[2], (7, 24))
+
+    def formula(x_RD, scale_D):
+        x_RD = x_RD.astype(jnp.float32)
+        centred_RD = x_RD - x_RD.mean(1, keepdims=True)
+        return centred_RD / jnp.sqrt((centred_RD**2).mean(1, keepdims=True) + 1e-5) * scale_D
+
+    def weighted(function):
+        return jax.jit(jax.value_and_grad(lambda x, scale: (function(x, scale) * weights_RD).sum(), argnums=(0, 1)))
+
+    ours, theirs = weighted(layer_norm)(x_RD, scale_D), weighted(formula)(x_RD, scale_D)
+    assert ours[1][0].dtype == x_RD.dtype
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # against GPT-2 written once more, with nothing but numpy
 
 
@@ -104,7 +129,8 @@ def numpy_gpt2(params: Params, ids_BT: np.ndarray, config: GPTConfig) -> np.ndar
             block = weights["h"][str(i)]
             x_TD = x_TD + attention(norm(x_TD, block["ln_1"]), block["attn"])
             hidden_TF = gelu(linear(norm(x_TD, block["ln_2"]), block["mlp"]["c_fc"]))
-            x_TD = x_TD + linear(hidden_TF, block["mlp"]["c_proj"])
+            c_proj = block["mlp"]["c_proj"]  # the one kernel that is stored (out, in)
+            x_TD = x_TD + linear(hidden_TF, c_proj | {"kernel": c_proj["kernel"].T})
         logits.append(norm(x_TD, weights["ln_f"]) @ weights["wte"]["embedding"].T)
     return np.stack(logits)
 

@@ -35,7 +35,9 @@ def our_params(weights: dict[str, np.ndarray]) -> Params:
         if path[-1] in ("wte", "wpe"):
             leaf = "embedding"
         elif leaf == "weight":
-            leaf, array = ("scale", array) if array.ndim == 1 else ("kernel", array.T)
+            # torch's Linear is (out, in), and so is our mlp.c_proj; our other kernels are (in, out)
+            as_torch = array.ndim == 1 or path[-2:] == ["mlp", "c_proj"]
+            leaf, array = "scale" if array.ndim == 1 else "kernel", array if as_torch else array.T
         node = params
         for key in path:
             node = node.setdefault(key, {})

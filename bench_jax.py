@@ -1,0 +1,239 @@
+"""How fast is it? Times the training step, the evaluation and the data loader of any configuration.
+
+    python bench_jax.py --batch_size=32
+    python bench_jax.py config/train_shakespeare_char.py --device=cpu --json=bench.json
+    python bench_jax.py config/train_gpt2.py --gradient_accumulation_steps=1 --profile=True
+
+The step is the trainer's own, fed and read as the trainer does it. nanoGPT's bench.py measures the same: forward and
+backward of one micro-batch and an update, after 10 steps of warm-up.
+"""
+
+import dataclasses
+import functools
+import gzip
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import configurator
+import jax_data
+import jax_run_log
+from configurator import ConfigError
+from train_jax import MODEL_SHAPE, AtLeast1, TrainConfig
+
+
+@dataclass(frozen=True)
+class BenchConfig(TrainConfig):
+    """The trainer's options, of which those that shape a step count, and these."""
+
+    gradient_accumulation_steps: AtLeast1 = 1  # one micro-batch a step, as in nanoGPT's bench.py
+    real_data: bool = True  # batches from the data set; without: random tokens, the same at every step
+    warmup_steps: AtLeast1 = 10  # steps before the timed ones
+    steps: AtLeast1 = 20  # steps timed
+    json: str = ""  # write the figures to this file
+    profile: bool = False  # write a trace to bench_log/ and print the ten most expensive operations
+
+
+def main() -> None:
+    config, _ = configurator.parse_with_sources(BenchConfig)
+    if config.n_embd % config.n_head:
+        raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+    data_dir, vocab_size = find_data(config)
+
+    import jax
+
+    import jax_train_utils as utils
+    from jax_transformer import GPTConfig, flops_per_token, num_params
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the trainer's set-up
+
+    with configurator.one_line_errors(ValueError):
+        devices = utils.find_devices(config.device)
+    rows = config.batch_size * config.gradient_accumulation_steps
+    layout = utils.lay_out(rows, config.batch_size, len(devices))
+    mesh = utils.make_mesh(devices[: layout.devices])
+    dtype = utils.compute_dtype(config.dtype, devices[0])
+    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    model = GPTConfig(**shape, vocab_size=vocab_size, dropout=config.dropout, dtype=dtype)
+    optimizer = utils.make_optimizer(
+        beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
+    )
+    state = utils.fresh_state(model, optimizer, config.seed, mesh)
+    tokens = rows * config.block_size
+    print(f"{num_params(state.params) / 1e6:.2f}M parameters, {tokens:,} tokens a step, {dtype}, {layout}")
+
+    def host_rows(step: int) -> tuple[np.ndarray, np.ndarray]:
+        if data_dir is None:
+            x_RT = np.random.default_rng(0).integers(0, vocab_size, (rows, config.block_size), dtype=np.int32)
+            return x_RT, x_RT
+        return jax_data.get_batch(
+            data_dir, "train", step, seed=config.seed, batch_size=rows, block_size=config.block_size,
+            sampling=config.sampling,
+        )  # fmt: skip
+
+    def device_rows(step: int) -> list[jax.Array]:
+        return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in host_rows(step)]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the training step: compiled, run for the first time, warmed up, timed
+
+    arguments = (*device_rows(0), np.float32(config.learning_rate), np.int32(0))
+    started = time.perf_counter()
+    train_step = utils.compile_train_step(model, optimizer, config.seed).lower(state, *arguments).compile()
+    compiled = time.perf_counter()
+    state, metrics = train_step(state, *arguments)
+    jax.block_until_ready(metrics)
+    first_step = time.perf_counter() - compiled
+
+    batches = jax_data.prefetch(device_rows, 1)
+    in_flight, ended, waits = metrics, [], []
+
+    def run_steps(number: int) -> None:
+        nonlocal state, in_flight
+        for i in range(number):
+            before = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - before)
+            state, metrics = train_step(state, *batch, np.float32(config.learning_rate), np.int32(i))
+            jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
+            in_flight = metrics
+            ended.append(time.perf_counter())
+            if layout.devices > 1 and devices[0].platform == "cpu":
+                jax.block_until_ready(state)
+
+    run_steps(config.warmup_steps)
+    ended, waits = ended[-1:], []
+    run_steps(config.steps)
+    jax.block_until_ready(state)
+    step_ms = spread([1000 * (b - a) for a, b in itertools.pairwise(ended)])
+    peak = jax_run_log.peak_flops(devices[0].device_kind, dtype)
+    flops = tokens * flops_per_token(model)
+    mfu = None if peak is None else 100 * flops / (step_ms["median"] / 1000) / (peak * layout.devices)
+
+    result: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "machine": {
+            "devices": f"{layout.devices} x {devices[0].device_kind}",
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        },
+        "train": {
+            "ms": step_ms,
+            "tokens_per_s": tokens / (step_ms["median"] / 1000),
+            "gflops_per_s": flops / (step_ms["median"] / 1000) / 1e9,
+            "mfu": mfu,
+            "compile_s": compiled - started,
+            "first_step_s": first_step,
+            "loader_wait_percent": 100 * sum(waits) / (ended[-1] - ended[0]),
+            "peak_memory_mb": peak_memory_mb(devices[0]),
+        },
+    }
+    if config.profile:
+        result["profile"] = profile(lambda: run_steps(5))
+    batches.close()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # evaluation and loader
+
+    eval_losses = utils.compile_eval(model)
+    number = config.eval_iters * config.batch_size
+    eval_rows = np.resize(host_rows(0)[0], (number, config.block_size))
+    eval_batch = utils.shard_rows(*utils.pad_rows(eval_rows, config.batch_size, mesh.size), mesh)
+    jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch))
+    times = repeat(3, lambda: jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch)))
+    result["evaluation"] = {"ms": spread(times), "ms_per_batch": statistics.median(times) / config.eval_iters}
+    result["loader"] = {"ms": spread(repeat(50, lambda: host_rows(1)))}
+
+    report(result)
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def find_data(config: BenchConfig) -> tuple[Path | None, int]:
+    """The data set's folder, or None for random tokens, and the model's vocabulary size, as the trainer chooses it."""
+    if not config.real_data:
+        return None, 50304
+    try:
+        data_dir = jax_data.find_data_dir(config.dataset)
+    except jax_data.DataError as error:
+        print(f"note: random tokens, since {error}")
+        return None, 50304
+    meta = jax_data.load_meta(data_dir)
+    vocab_size = 50304 if meta is None or meta["tokenizer"] == "gpt2" else meta["vocab_size"]
+    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    return data_dir, vocab_size
+
+
+def repeat(times: int, function: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each of several calls."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        taken.append(1000 * (time.perf_counter() - started))
+    return taken
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles: a busy machine makes the mean and the extremes worthless."""
+    quartiles = np.percentile(values, [25, 50, 75])
+    return dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True))
+
+
+def peak_memory_mb(device: Any) -> float:
+    """The most memory in use so far, in MB: the device's own count, on a CPU the process's resident set."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e6
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e6
+
+
+def profile(function: Callable[[], None]) -> list[dict[str, Any]]:
+    """The ten operations that took longest, summed over devices and threads, from a trace in bench_log/."""
+    import jax
+
+    with jax.profiler.trace("bench_log"):
+        function()
+    newest = max(Path("bench_log").rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
+    total: Counter[str] = Counter()
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            total[event["args"]["hlo_op"]] += event["dur"]
+    return [{"op": op, "ms": us / 1000} for op, us in total.most_common(10)]
+
+
+def report(result: dict[str, Any]) -> None:
+    train, evaluation = result["train"], result["evaluation"]
+    print(f"{', '.join(f'{key} {value}' for key, value in result['machine'].items())}")
+    mfu = -100.0 if train["mfu"] is None else train["mfu"]
+    print(f"time per iteration: {train['ms']['median']:.4f}ms, MFU: {mfu:.2f}%")
+    show = functools.partial("{median:.2f} ms (middle half {q25:.2f} to {q75:.2f})".format_map)
+    print(f"  training step    {show(train['ms'])}")
+    print(f"  throughput       {train['tokens_per_s']:,.0f} tok/s, {train['gflops_per_s']:,.0f} GFLOP/s")
+    print(f"  compilation      {train['compile_s']:.2f} s; first step {train['first_step_s']:.3f} s")
+    print(f"  peak memory      {train['peak_memory_mb']:,.0f} MB")
+    print(f"  data loader      {show(result['loader']['ms'])}; waited for {train['loader_wait_percent']:.2f} %")
+    print(f"  evaluation       {show(evaluation['ms'])}, {evaluation['ms_per_batch']:.2f} ms a batch")
+    for row in result.get("profile", []):
+        print(f"  {row['ms']:9.2f} ms  {row['op']}")
+
+
+if __name__ == "__main__":
+    configurator.run_script(main, jax_data.DataError, machine_failed=OSError)

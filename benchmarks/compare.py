@@ -1,0 +1,95 @@
+"""Ours and nanoGPT side by side: the same configuration and data, run in turns, ratios pair by pair.
+
+    python benchmarks/compare.py --nanogpt=../nanoGPT --nanogpt_python=../nanoGPT/.venv/bin/python \
+        --dataset=data/shakespeare_char -- config/train_shakespeare_char.py --device=cpu --eval_iters=20 \
+        --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
+
+What follows `--` goes to both trainers; each reads the config file of that name in its own folder. A machine's speed
+drifts: only figures of the same round are compared, and the median over the rounds is what counts. The time of an
+iteration is the one that each trainer prints, the first tenth of the iterations (compilation, warm-up) left out.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--nanogpt_python", default="python", help="a Python with torch")
+    parser.add_argument("--dataset", type=Path, required=True, help="a folder with train.bin, val.bin and meta.pkl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iters", type=int, default=200, help="iterations of each run")
+    parser.add_argument("--forms", default="eager,compiled", help="of nanoGPT: eager, compiled or both")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("flags", nargs="+", help="config files and flags for both")
+    args = parser.parse_args()
+    forms = args.forms.split(",")
+    if not (args.nanogpt / "train.py").is_file():
+        print(f"error: --nanogpt={args.nanogpt} has no train.py", file=sys.stderr)
+        return 2
+
+    common = [
+        *args.flags, f"--dataset={args.dataset.resolve()}", f"--max_iters={args.iters}", "--log_interval=1",
+        f"--eval_interval={10 * args.iters}",
+    ]  # fmt: skip
+    python = args.nanogpt_python if "/" not in args.nanogpt_python else str(Path(args.nanogpt_python).absolute())
+    rounds = []
+    for number in range(args.rounds):
+        result = {}
+        with tempfile.TemporaryDirectory() as out_dir:
+            ours = [sys.executable, str(ROOT / "train_jax.py"), *common, f"--out_dir={out_dir}/ours"]
+            result["ours"] = run(ours, ROOT, args.iters)
+            for form in forms:
+                theirs = [python, "train.py", *common, f"--out_dir={out_dir}/{form}", f"--compile={form == 'compiled'}"]
+                result[form] = run(theirs, args.nanogpt, args.iters)
+        rounds.append(result)
+        print(
+            f"round {number + 1} of {args.rounds}: "
+            + ", ".join(f"{name} {figures['ms']:.1f} ms" for name, figures in result.items()),
+            flush=True,
+        )
+
+    print(f"\nmedians of {args.rounds} rounds   ms/iter   whole command   peak memory")
+    for name in ("ours", *forms):
+        ms, seconds, mb = (statistics.median(r[name][key] for r in rounds) for key in ("ms", "seconds", "memory_mb"))
+        print(f"  {name:22} {ms:10.2f} {seconds:13.1f} s {mb:10.0f} MB")
+    for form in forms:
+        ratios = sorted(r[form]["ms"] / r["ours"]["ms"] for r in rounds)
+        middle = statistics.median(ratios)
+        print(f"nanoGPT {form} / ours, per iteration: median {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    if args.json:
+        args.json.write_text(json.dumps({"flags": args.flags, "rounds": rounds}, indent=1) + "\n")
+    return 0
+
+
+def run(command: list[str], folder: Path, iters: int) -> dict[str, float]:
+    """Median milliseconds per iteration, seconds of the whole command, and its peak memory."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=folder, stdout=printed, stderr=errors, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)  # as wait(), with the child's own peak memory
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
+        printed.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}:\n{errors.read()[-2000:]}")
+        lines = re.findall(r"^iter \d+: .*time ([\d.]+)ms", printed.read(), re.MULTILINE)
+    times = [float(ms) for ms in lines][iters // 10 :]
+    memory = usage.ru_maxrss / 1e3  # kilobytes on Linux
+    return {"ms": statistics.median(times), "seconds": seconds, "memory_mb": memory}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

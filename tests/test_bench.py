@@ -1,0 +1,106 @@
+"""bench_jax.py, benchmarks/compare.py, and what makes a start and a step cheap: the figures, never the times.
+
+python -m pytest tests/test_bench.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_bench_times_a_configuration_and_its_figures_fit_together(run, workdir):
+    done = run("bench_jax.py", "tiny.py", "--steps=5", "--warmup_steps=2", "--json=bench.json", "--profile=True")
+    result = json.loads((workdir / "bench.json").read_text())
+    train = result["train"]
+    assert result["config"]["n_embd"] == 16 and result["config"]["gradient_accumulation_steps"] == 2
+    assert train["ms"]["q25"] <= train["ms"]["median"] <= train["ms"]["q75"]
+    assert train["tokens_per_s"] == pytest.approx(2 * 4 * 16 / train["ms"]["median"] * 1000)
+    # 6 x 6,864 parameters without the positions, 12 x 2 layers x 16 wide x 16 tokens, for each token
+    parameters = 15 * 16 + 2 * (12 * 16 * 16 + 2 * 16) + 16
+    flops = 128 * (6 * parameters + 12 * 2 * 16 * 16)
+    assert train["gflops_per_s"] == pytest.approx(flops / (train["ms"]["median"] / 1000) / 1e9)
+    assert train["mfu"] is None and "MFU: -100.00%" in done.stdout  # nobody knows a CPU's peak
+    assert train["peak_memory_mb"] > 50 and train["compile_s"] > 0
+    assert re.search(r"^time per iteration: \d+\.\d{4}ms, MFU: ", done.stdout, re.M)  # nanoGPT's line
+    assert 1 <= len(result["profile"]) <= 10
+    assert [row["ms"] for row in result["profile"]] == sorted((row["ms"] for row in result["profile"]), reverse=True)
+    assert list((workdir / "bench_log").rglob("*.trace.json.gz"))
+
+
+def test_bench_without_the_data_set_takes_random_tokens_and_says_so(run):
+    done = run("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1")
+    assert "note: random tokens, since no data set 'nowhere'" in done.stdout
+
+
+def test_bench_mistake_is_one_line(run):
+    assert run("bench_jax.py", "tiny.py", "--n_head=3", expect=2).stderr.count("\n") == 1
+    assert run("bench_jax.py", "tiny.py", "--burn=3", expect=2).stderr.count("\n") == 1
+
+
+def test_compare_pairs_the_two_trainers_on_one_configuration(workdir, environment):
+    nanogpt = workdir / "nanoGPT"
+    nanogpt.mkdir()
+    # stands in for nanoGPT: notes its arguments, and prints its lines with a time that is surely longer than ours
+    (nanogpt / "train.py").write_text(
+        "import sys\n"
+        "open('seen.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "for i in range(21): print(f'iter {i}: loss 1.0, time 90000.00ms, mfu -100.00%')\n"
+    )
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "compare.py"), f"--nanogpt={nanogpt}",
+        f"--nanogpt_python={sys.executable}", "--dataset=data/tiny", "--rounds=1", "--iters=20", "--json=pairs.json",
+        "--", str(workdir / "tiny.py"), "--n_layer=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=workdir, env=environment, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads((workdir / "pairs.json").read_text())["rounds"]
+    assert set(pair) == {"ours", "eager", "compiled"}
+    assert pair["eager"]["ms"] == 90000 and 0 < pair["ours"]["ms"] < 90000 and pair["ours"]["memory_mb"] > 50
+    seen = (nanogpt / "seen.txt").read_text().splitlines()
+    assert ["--compile=False" in line for line in seen] == [True, False]
+    assert all("--n_layer=1" in line and f"--dataset={workdir / 'data' / 'tiny'}" in line for line in seen)
+    assert "nanoGPT eager / ours, per iteration: median" in done.stdout
+
+
+def test_compiled_code_is_kept_in_the_users_cache_and_found_again(run, workdir):
+    kept = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "cache")}
+    run("train_jax.py", "tiny.py", "--max_iters=2", **kept)
+    entries = {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")}
+    assert any("train_step" in p.name for p in entries)
+    run("train_jax.py", "tiny.py", "--max_iters=2", "--overwrite=True", **kept)
+    assert {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")} == entries
+
+
+def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(run, workdir):
+    (workdir / "file").write_text("")
+    nowhere = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "file")}
+    assert "note: no folder for compiled code" in run("train_jax.py", "tiny.py", "--max_iters=1", **nowhere).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
+def test_freed_memory_is_kept_so_that_the_kernel_need_not_zero_it_again():
+    code = """
+import resource, sys
+import numpy as np
+import jax_train_utils
+if sys.argv[1] == "kept":
+    jax_train_utils.keep_freed_memory()
+np.ones(8_000_000)  # 64 MB: the first one has to come from the kernel
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True).stdout)
+        for how in ("kept", "as it is")
+    }
+    assert faults["kept"] < 50
+    assert faults["as it is"] > 200  # 320 with pages of 2 MB, 160,000 with small ones
