@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import configurator
+from bench_jax import BenchConfig
 from sample_jax import SampleConfig
 from train_jax import TrainConfig
 
@@ -30,7 +31,7 @@ SCRIPTS = sorted(
     for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py")
     for path in ROOT.glob(pattern)
 )
-CONFIGS: dict[str, Any] = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig}
+CONFIGS: dict[str, Any] = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig, "bench_jax.py": BenchConfig}
 NANOGPT_SCRIPTS = {"train.py", "sample.py", "bench.py"}  # for comparison, run in its own checkout
 MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:home|root|work|workspace|Users|tmp|mnt|opt|srv|var|private|nix)/\S*")
 
@@ -70,7 +71,7 @@ def option_table(script: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("script", CONFIGS)
+@pytest.mark.parametrize("script", ["train_jax.py", "sample_jax.py"])  # bench_jax.py's are the trainer's and a few
 def test_option_table_of_the_manual_is_the_dataclass(script):
     table = "\n".join(option_table(script))
     assert f"\n{table}\n\n" in read("JAX_README.md"), f"JAX_README.md lacks this table of {script}:\n\n{table}\n"
@@ -119,6 +120,12 @@ def argparse_flags(script: str) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_command_names_a_script_config_files_and_options_that_exist(command, monkeypatch):
     script, *arguments = command
+    if "--" in arguments:  # benchmarks/compare.py: what follows goes to the trainer
+        cut = arguments.index("--")
+        test_command_names_a_script_config_files_and_options_that_exist(
+            ["train_jax.py", *arguments[cut + 1 :]], monkeypatch
+        )
+        del arguments[cut:]
     assert (ROOT / script).is_file(), f"there is no script {script}"
     flags = [argument for argument in arguments if argument.startswith("--") and argument != "--help"]
     if script in CONFIGS:
