@@ -17,8 +17,8 @@ dropout = 0.0  # so short a run sees each character less than once: nothing to o
 
 learning_rate = 3e-3  # three times nanoGPT's for small models: after 1500 updates 1.69 instead of 1.79
 min_lr = 3e-4
-max_iters = 2500
-lr_decay_iters = 2500  # the whole run
+max_iters = 2000
+lr_decay_iters = 2000  # the whole run
 warmup_iters = 100
 beta2 = 0.99  # a longer memory, for there are few tokens in an update
 
