@@ -169,7 +169,8 @@ def find_devices(device: str) -> list[jax.Device]:
     `keep_freed_memory`, `keep_compiled_code`.
     """
     kind, _, index = device.partition(":")
-    platforms = {"auto": None, "cpu": "cpu", "mps": "cpu", "cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+    # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
+    platforms = {"auto": None, "cpu": "cpu", "mps": "cpu", "cuda": "cuda,cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
     if kind not in platforms or (index and not index.isdecimal()):
         raise ValueError(f"device={device!r} must be auto, cpu, cuda, gpu or tpu, or one of several as in cuda:1")
     if kind == "mps":
@@ -180,11 +181,13 @@ def find_devices(device: str) -> list[jax.Device]:
     keep_compiled_code()
     try:
         devices = jax.local_devices()
+        missing = None
     except (RuntimeError, AssertionError) as error:  # which of them depends on the platform that is missing
-        reason = next(iter(str(error).splitlines()), "JAX was installed without it")
-        raise ValueError(
-            f"device={device}: JAX finds no such device ({reason}); see JAX_README.md, Installation"
-        ) from None
+        missing = next(iter(str(error).splitlines()), "JAX was installed without it")
+    if missing is None and kind in ("cuda", "gpu", "tpu") and devices[0].platform == "cpu":
+        missing = "JAX was installed without it, or its driver does not answer"
+    if missing is not None:
+        raise ValueError(f"device={device}: JAX finds no such device ({missing}); see JAX_README.md, Installation")
     if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
     if index:

@@ -69,6 +69,17 @@ def test_compare_pairs_the_two_trainers_on_one_configuration(workdir, environmen
     assert "nanoGPT eager / ours, per iteration: median" in done.stdout
 
 
+def test_a_whole_run_with_evaluations_saves_and_a_resume_compiles_everything_once(run, workdir):
+    for args in (
+        ("tiny.py", "--max_iters=12", "--eval_interval=3"),
+        ("--init_from=resume", "--out_dir=out", "--max_iters=15"),
+    ):
+        done = run("train_jax.py", *args, JAX_LOG_COMPILES="1")
+        compiled = re.findall(r"Compiling jit\((\w+)\)", done.stderr)
+        assert {"train_step", "eval_losses"} <= set(compiled)
+        assert len(compiled) == len(set(compiled)), compiled
+
+
 def test_compiled_code_is_kept_in_the_users_cache_and_found_again(run, workdir):
     kept = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "cache")}
     run("train_jax.py", "tiny.py", "--max_iters=2", **kept)
