@@ -168,14 +168,29 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished):
 
 
 def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
-    done = run("train_jax.py", "tiny.py", "--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", expect=3)
+    done = run(
+        "train_jax.py",
+        "tiny.py",
+        "--learning_rate=3e38",
+        "--weight_decay=100",
+        "--warmup_iters=0",
+        "--grad_clip=0",
+        expect=3,
+    )
     assert re.match(r"error: training diverged at iteration 1: loss (nan|inf), gradient norm ", the_error(done))
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
 def test_state_whose_evaluation_is_not_finite_is_never_saved(run, workdir):
-    # loss and gradient of iteration 0 are finite, its update is not; the next thing is an evaluation
-    wreck = ("--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", "--eval_interval=1", "--max_iters=1")
+    # loss and gradient of iteration 0 are finite, 3e38 x (1 + 100 x weight) is not; the next thing is an evaluation
+    wreck = (
+        "--learning_rate=3e38",
+        "--weight_decay=100",
+        "--warmup_iters=0",
+        "--grad_clip=0",
+        "--eval_interval=1",
+        "--max_iters=1",
+    )
     done = run("train_jax.py", "tiny.py", *wreck, expect=3)
     assert "training diverged before step 1: the evaluation is not finite" in the_error(done)
     assert not list((workdir / "out" / "checkpoints").iterdir())
@@ -194,7 +209,14 @@ def test_killed_run_resumes_to_the_same_losses(run, workdir, environment):
 
 def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
     run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=2")
-    wreck = ("--learning_rate=1e38", "--decay_lr=False", "--grad_clip=0", "--max_iters=12", "--eval_interval=100")
+    wreck = (
+        "--learning_rate=3e38",
+        "--weight_decay=100",
+        "--decay_lr=False",
+        "--grad_clip=0",
+        "--max_iters=12",
+        "--eval_interval=100",
+    )
     done = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--dtype=float32", *wreck, expect=3)
     assert "training diverged at iteration 3" in the_error(done)
 
@@ -203,7 +225,7 @@ def test_bfloat16_learns_as_float32_does(run, workdir, finished):
     done = run("train_jax.py", "tiny.py", "--dtype=bfloat16")
     assert "computing in bfloat16 on 1 x cpu" in done.stdout
     ours, theirs = ([r["loss"] for r in metrics(folder) if "loss" in r] for folder in (workdir / "out", finished))
-    assert ours == pytest.approx(theirs, abs=0.1) and ours != theirs
+    assert ours == pytest.approx(theirs, abs=0.3) and ours != theirs
 
 
 def test_float16_resumes_exactly_with_its_loss_scale(run, workdir, finished):
