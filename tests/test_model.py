@@ -363,9 +363,10 @@ def test_without_a_key_or_a_rate_nothing_is_dropped():
     params, ids_BT = random_params(DROPPING), jnp.asarray(random_ids(DROPPING))
     no_rate = dataclasses.replace(DROPPING, dropout=0.0)
     plain = compiled_forward(params, ids_BT, no_rate)
-    np.testing.assert_array_equal(compiled_forward(params, ids_BT, DROPPING), plain)
+    # three programs, so equal but for rounding; a single dropped number would show a thousand times as much
+    np.testing.assert_allclose(compiled_forward(params, ids_BT, DROPPING), plain, rtol=1e-5, atol=1e-5)
     keyed = jax.jit(lambda key: forward(params, ids_BT, no_rate, dropout_key=key))(jax.random.key(1))
-    np.testing.assert_array_equal(keyed, plain)
+    np.testing.assert_allclose(keyed, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_weights_are_dropped_one_by_one_and_scaled_up():
