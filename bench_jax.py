@@ -62,7 +62,7 @@ def main() -> None:
     # the trainer's set-up
 
     with configurator.one_line_errors(ValueError):
-        devices = utils.find_devices(config.device)
+        devices = utils.find_devices(config.device, config.deterministic)
     rows = config.batch_size * config.gradient_accumulation_steps
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     mesh = utils.make_mesh(devices[: layout.devices])

@@ -162,11 +162,11 @@ def keep_compiled_code() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def find_devices(device: str) -> list[jax.Device]:
+def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     """The devices behind `--device`: auto, cpu, cuda, gpu, tpu, mps (a CPU here), or one of several, as cuda:1.
 
     Raises ValueError if JAX has none of that kind. Must come before JAX is first used, which it also prepares:
-    `keep_freed_memory`, `keep_compiled_code`.
+    `keep_freed_memory`, `keep_compiled_code`, and with `deterministic` a GPU that gives the same bits every time.
     """
     kind, _, index = device.partition(":")
     # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
@@ -177,6 +177,8 @@ def find_devices(device: str) -> list[jax.Device]:
         print("note: JAX has no supported backend for Apple's GPU; device=mps computes on the CPU")
     if platforms[kind] is not None:
         jax.config.update("jax_platforms", platforms[kind])
+    if deterministic:  # XLA reads this when the devices are first asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     keep_freed_memory()
     keep_compiled_code()
     try:

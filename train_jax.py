@@ -252,15 +252,13 @@ def main() -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # devices. jax is imported only here, so that a mistake in options or data is told at once
 
-    if config.deterministic:  # XLA reads this when the devices are first asked for
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     import jax
 
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
     with configurator.one_line_errors(ValueError):
-        devices = utils.find_devices(config.device)
+        devices = utils.find_devices(config.device, config.deterministic)
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     if layout.devices < len(devices):
         idle = ", ".join(map(str, devices[layout.devices :]))
