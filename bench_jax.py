@@ -93,7 +93,7 @@ def main() -> None:
 
     arguments = (*device_rows(0), np.float32(config.learning_rate), np.int32(0))
     started = time.perf_counter()
-    train_step = utils.compile_train_step(model, optimizer, config.seed).lower(state, *arguments).compile()
+    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh).lower(state, *arguments).compile()
     compiled = time.perf_counter()
     state, metrics = train_step(state, *arguments)
     jax.block_until_ready(metrics)
@@ -150,7 +150,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation and loader
 
-    eval_losses = utils.compile_eval(model)
+    eval_losses = utils.compile_eval(model, mesh)
     number = config.eval_iters * config.batch_size
     eval_rows = np.resize(host_rows(0)[0], (number, config.block_size))
     eval_batch = utils.shard_rows(*utils.pad_rows(eval_rows, config.batch_size, mesh.size), mesh)

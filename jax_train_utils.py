@@ -251,6 +251,7 @@ def train_step(
     config: GPTConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
+    axis: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from A micro-batches of B rows: ids and targets (A, B, T), learning_rate and iteration scalars.
 
@@ -258,7 +259,8 @@ def train_step(
 
     Returns the new state and scalar metrics: `loss` (mean over the micro-batches, before the update), `grad_norm`
     (before clipping), `finite` and the `loss_scale` that was used. If the loss or the gradient is not finite, the state
-    is kept as it was (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) alone.
+    is kept as it was (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) and, where
+    `axis` names the mesh axis that B is spread over inside a shard_map, the device.
     """
     assert x_ABT.shape == y_ABT.shape, f"inputs {x_ABT.shape} and targets {y_ABT.shape} differ in shape"
     A = x_ABT.shape[0]
@@ -274,12 +276,16 @@ def train_step(
         return (jax.tree.map(jnp.add, grads, micro_grads), loss + micro_loss), None
 
     dropout_key = jax.random.fold_in(random_keys(seed)[1], iteration)
+    if axis is not None:
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
     micro_batches = (x_ABT, y_ABT, jax.random.split(dropout_key, A))
     zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros((), jnp.float32))
     if A == 1:  # no loop around a single micro-batch
         (grads, loss), _ = accumulate(zero, jax.tree.map(lambda a: a[0], micro_batches))
     else:
         (grads, loss), _ = jax.lax.scan(accumulate, zero, micro_batches)
+    if axis is not None:  # once an update, whatever the number of micro-batches
+        grads, loss = jax.lax.pmean((grads, loss), axis)
     loss = loss / A
     grads = jax.tree.map(lambda g: g / (A * loss_scale.scale), grads)
     grad_norm = optax.tree.norm(grads)
@@ -304,9 +310,17 @@ def update_loss_scale(loss_scale: LossScale, finite: jax.Array) -> LossScale:
     return LossScale(scale, jnp.where(grow, 0, good))
 
 
-def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int):
-    """`train_step` jitted; it takes the state's memory over (donation), so the old state is gone after a call."""
-    return jax.jit(functools.partial(train_step, config=config, optimizer=optimizer, seed=seed), donate_argnums=0)
+def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None):
+    """`train_step` jitted; it takes the state's memory over (donation), so the old state is gone after a call.
+
+    On several devices each computes the gradient of its own rows by itself, and these are averaged once an update.
+    """
+    step = functools.partial(train_step, config=config, optimizer=optimizer, seed=seed)
+    if mesh is not None and mesh.size > 1:
+        rows = P(None, "data", None)
+        step = functools.partial(step, axis="data")
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), rows, rows, P(), P()), out_specs=P(), check_vma=False)
+    return jax.jit(step, donate_argnums=0)
 
 
 def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig) -> jax.Array:
@@ -319,6 +333,12 @@ def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: G
     return jax.lax.scan(one_batch, None, (x_ABT, y_ABT))[1]
 
 
-def compile_eval(config: GPTConfig):
-    """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB."""
-    return jax.jit(functools.partial(eval_losses, config=config))
+def compile_eval(config: GPTConfig, mesh: Mesh | None = None):
+    """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB. On several devices each takes its own rows."""
+    losses = functools.partial(eval_losses, config=config)
+    if mesh is not None and mesh.size > 1:
+        rows = P(None, "data", None)
+        losses = jax.shard_map(
+            losses, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "data"), check_vma=False
+        )
+    return jax.jit(losses)

@@ -4,7 +4,7 @@ Arrays carry their shape in their name. The dimension key, here and in every oth
 
     B batch    T time (tokens)    R = B * T flat rows    D model width (n_embd)    F = 4 * D feed-forward
     N heads    H head width       V vocabulary           L layers                  A accumulated micro-batches
-    S keys attended to (= T without a cache)
+    S keys attended to (= T without a cache)    G = B * N heads of all rows
 
 The modules exist to be split once: `init_params` gives a plain dict of arrays, and `forward` is a pure function of it,
 so that the training step is plain `jax.jit` over plain dicts. Paper: Radford et al. 2019, "Language Models are
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]  # nested dict of float32 arrays; its inner layout is this file's own business
@@ -67,15 +68,64 @@ GPT2_SIZES = {
 # modules
 
 
-def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, dropout: nnx.Dropout, rngs) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v under a causal mask; scores and softmax in float32 at least."""
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    precise = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=precise) / math.sqrt(H)
+@jax.custom_vjp
+def softmax(scores: jax.Array) -> jax.Array:
+    """Softmax over the last axis, with the gradient in its short form: JAX's own keeps more and takes more passes."""
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _softmax_forward(scores):
+    weights = jax.nn.softmax(scores, axis=-1)
+    return weights, weights
+
+
+def _softmax_backward(weights, dweights):
+    return (weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); without `rngs`, x itself.
+
+    What stays is decided by a hash of an element's index and 64 random bits, not by jax.random: threefry would take a
+    sixth of a training step on a CPU. The hash is "lowbias32", twice (C. Wellons, hash-prospector, 2018).
+    """
+    if rngs is None or rate == 0:
+        return x
+    seed_2 = jax.random.bits(rngs.dropout(), (2,), jnp.uint32)
+    strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+    index = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
+    bits = _lowbias32(_lowbias32(index ^ seed_2[0]) ^ seed_2[1])
+    return jnp.where(bits >= np.uint32(rate * 2**32), x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def _lowbias32(bits: jax.Array) -> jax.Array:
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
+
+
+def has_fused_attention(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether cuDNN's attention runs here: an NVIDIA GPU from Ampere on, and 16 bits. It has no usable dropout."""
+    device = jax.devices()[0]
+    return (
+        device.platform == "gpu"
+        and "NVIDIA" in device.device_kind
+        and float(device.compute_capability) >= 8.0
+        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    )
+
+
+def causal_attention(q_GTH: jax.Array, k_GTH: jax.Array, v_GTH: jax.Array, rate: float, rngs) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v under a causal mask, for each of G heads; scores and softmax in float32 at least."""
+    T, H = q_GTH.shape[1:]
+    precise = jnp.promote_types(q_GTH.dtype, jnp.float32)
+    scores_GTS = jnp.einsum("GTH,GSH->GTS", q_GTH, k_GTH, preferred_element_type=precise) / math.sqrt(H)
     visible_TS = jnp.tril(jnp.ones((T, T), dtype=bool))
-    weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf), axis=-1)
-    weights_BNTS = dropout(weights_BNTS.astype(v_BTNH.dtype), deterministic=rngs is None, rngs=rngs)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BTNH)
+    weights_GTS = softmax(jnp.where(visible_TS[None], scores_GTS, -jnp.inf)).astype(v_GTH.dtype)
+    return jnp.einsum("GTS,GSH->GTH", dropout(weights_GTS, rate, rngs), v_GTH)
 
 
 def _row_means(x_RD: jax.Array) -> jax.Array:
@@ -146,15 +196,22 @@ class CausalSelfAttention(nnx.Module):
         self.n_head = config.n_head
         self.c_attn = linear(D, 3 * D, rngs=rngs)  # queries, keys and values of all heads in one product
         self.c_proj = linear(D, D, kernel_init=residual_init, rngs=rngs)
-        self.attn_dropout = nnx.Dropout(config.dropout)
-        self.resid_dropout = nnx.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
         R, D = x_RD.shape
-        qkv_BT3NH = self.c_attn(x_RD).reshape(B, R // B, 3, self.n_head, D // self.n_head)
-        q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
-        y_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, self.attn_dropout, rngs)
-        return self.resid_dropout(self.c_proj(y_BTNH.reshape(R, D)), deterministic=rngs is None, rngs=rngs)
+        T, N, H = R // B, self.n_head, D // self.n_head
+        qkv_BT3NH = self.c_attn(x_RD).reshape(B, T, 3, N, H)
+        if (rngs is None or self.dropout == 0) and H % 8 == 0 and has_fused_attention(x_RD.dtype):
+            q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
+            y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
+        else:
+            # One transposing copy puts the heads first; every product is then over whole, contiguous matrices.
+            q_GTH, k_GTH, v_GTH = qkv_BT3NH.transpose(2, 0, 3, 1, 4).reshape(3, B * N, T, H)
+            y_GTH = causal_attention(q_GTH, k_GTH, v_GTH, self.dropout, rngs)
+            y_BTNH = y_GTH.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+        y_RD = y_BTNH.reshape(R, D)
+        return dropout(self.c_proj(y_RD), self.dropout, rngs)
 
 
 class MLP(nnx.Module):
@@ -163,11 +220,11 @@ class MLP(nnx.Module):
         self.gelu = config.gelu
         self.c_fc = linear(D, F, rngs=rngs)
         self.c_proj = LinearOut(F, D, config, residual_init, rngs)
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def __call__(self, x_RD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         h_RF = jax.nn.gelu(self.c_fc(x_RD), approximate=self.gelu == "tanh")
-        return self.dropout(self.c_proj(h_RF), deterministic=rngs is None, rngs=rngs)
+        return dropout(self.c_proj(h_RF), self.dropout, rngs)
 
 
 class Block(nnx.Module):
@@ -203,15 +260,20 @@ class GPT(nnx.Module):
         self.config = config
         self.wte = embed(config.vocab_size, rngs=rngs)
         self.wpe = embed(config.block_size, rngs=rngs)
-        self.drop = nnx.Dropout(config.dropout)
         # String keys, since integer ones do not survive a checkpoint.
         self.h = nnx.Dict({str(i): Block(config, linear, residual_init, rngs) for i in range(config.n_layer)})
         self.ln_f = LayerNorm(config)
 
+    def embed(self, input_ids_BT: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        """Tokens and positions, (B, T, D)."""
+        # Looked up in float32, whatever the compute type: a frequent token's gradient is a sum of thousands of rows.
+        wte_VD, wpe_TD = self.wte.embedding[...], self.wpe.embedding[...][: input_ids_BT.shape[1]]
+        x_BTD = jnp.take(wte_VD, input_ids_BT, axis=0) + wpe_TD[None]
+        return dropout(x_BTD.astype(self.config.dtype), self.config.dropout, rngs)
+
     def __call__(self, input_ids_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         B, T = input_ids_BT.shape
-        x_BTD = self.wte(input_ids_BT) + self.wpe(jnp.arange(T))[None]
-        x_BTD = self.drop(x_BTD, deterministic=rngs is None, rngs=rngs)
+        x_BTD = self.embed(input_ids_BT, rngs)
         # Flat rows inside the blocks: with (B, T, D) XLA on a CPU spends a third of the step on transposing copies
         # for the weight gradients.
         x_RD = x_BTD.reshape(B * T, -1)

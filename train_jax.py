@@ -212,7 +212,7 @@ def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[
     """
     import jax_train_utils as utils
 
-    eval_losses = utils.compile_eval(model)
+    eval_losses = utils.compile_eval(model, mesh)
     rows = config.eval_iters * config.batch_size
 
     @functools.cache
@@ -350,7 +350,7 @@ def main() -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # training
 
-    train_step = utils.compile_train_step(model, optimizer, config.seed)
+    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh)
     timed_since, timed_from = time.perf_counter(), progress.step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 

@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_transformer
 from jax_transformer import (
     GPT2_SIZES,
     GPTConfig,
@@ -22,11 +23,13 @@ from jax_transformer import (
     abstract_params,
     causal_attention,
     cross_entropy,
+    dropout,
     flops_per_token,
     forward,
     init_params,
     layer_norm,
     num_params,
+    softmax,
 )
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11, bias=True)
@@ -329,16 +332,16 @@ PLACES = ["embedding", "attention weights", "attention output", "mlp output"]
 
 def test_every_place_of_dropout_is_active_and_keeps_the_expectation(monkeypatch):
     params, ids_BT = random_params(DROPPING), jnp.asarray(random_ids(DROPPING))
-    rate, dropout = DROPPING.dropout, nnx.Dropout.__call__
+    rate = DROPPING.dropout
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     active = -1
 
-    def one_at_a_time(self, x, **options):
+    def one_at_a_time(x, rate, rngs):
         here = len(seen) == active
-        seen.append((np.asarray(x), np.asarray(dropout(self, x, **options)) if here else np.asarray(x)))
+        seen.append((np.asarray(x), np.asarray(dropout(x, rate, rngs)) if here else np.asarray(x)))
         return jnp.asarray(seen[-1][1])
 
-    monkeypatch.setattr(nnx.Dropout, "__call__", one_at_a_time)
+    monkeypatch.setattr(jax_transformer, "dropout", one_at_a_time)
     plain_BTV = forward(params, ids_BT, DROPPING)
     assert len(seen) == len(PLACES)
     for active, place in enumerate(PLACES):
@@ -370,25 +373,89 @@ def test_without_a_key_or_a_rate_nothing_is_dropped():
 
 
 def test_attention_weights_are_dropped_one_by_one_and_scaled_up():
-    B, T, N, rate = 64, 8, 2, 0.25
+    G, T, rate = 128, 8, 0.25
     random = np.random.default_rng(0)
-    q_BTNH, k_BTNH = (jnp.asarray(random.standard_normal((B, T, N, T), np.float32)) for _ in range(2))
-    v_BTNH = jnp.broadcast_to(jnp.eye(T)[None, :, None], (B, T, N, T))  # the result is the weights
+    q_GTH, k_GTH = (jnp.asarray(random.standard_normal((G, T, T), np.float32)) for _ in range(2))
+    v_GTH = jnp.broadcast_to(jnp.eye(T), (G, T, T))  # the result is the weights
 
     @jax.jit
     def weights(key):
-        return causal_attention(q_BTNH, k_BTNH, v_BTNH, nnx.Dropout(rate), None if key is None else nnx.Rngs(key))
+        return causal_attention(q_GTH, k_GTH, v_GTH, rate, None if key is None else nnx.Rngs(key))
 
-    kept_BTNS, dropped_BTNS = np.asarray(weights(None)), np.asarray(weights(jax.random.key(0)))
-    np.testing.assert_allclose(kept_BTNS.sum(-1), 1, rtol=1e-5)
-    visible_BTNS = np.broadcast_to(np.tril(np.ones((T, T), bool))[None, :, None], kept_BTNS.shape)
-    np.testing.assert_array_equal(kept_BTNS > 0, visible_BTNS)
-    survived = dropped_BTNS > 0
-    np.testing.assert_allclose(dropped_BTNS[survived], kept_BTNS[survived] / (1 - rate), rtol=1e-5)
-    assert survived[visible_BTNS].mean() == pytest.approx(1 - rate, abs=0.03)
+    kept_GTS, dropped_GTS = np.asarray(weights(None)), np.asarray(weights(jax.random.key(0)))
+    np.testing.assert_allclose(kept_GTS.sum(-1), 1, rtol=1e-5)
+    visible_GTS = np.broadcast_to(np.tril(np.ones((T, T), bool)), kept_GTS.shape)
+    np.testing.assert_array_equal(kept_GTS > 0, visible_GTS)
+    survived = dropped_GTS > 0
+    np.testing.assert_allclose(dropped_GTS[survived], kept_GTS[survived] / (1 - rate), rtol=1e-5)
+    assert survived[visible_GTS].mean() == pytest.approx(1 - rate, abs=0.03)
     # No two rows, heads or sequences may share a mask: of 8 weights two masks agree once in 2 ** 6 or so.
-    masks = survived[:, -1].reshape(B * N, T)
-    assert len({mask.tobytes() for mask in masks}) > 40
+    assert len({mask.tobytes() for mask in survived[:, -1]}) > 40
+
+
+@pytest.mark.parametrize("shape", [(1 << 18,), (512, 512), (64, 4, 32, 32)])
+def test_dropout_masks_look_like_coin_flips(shape):
+    """Rate, neighbours at several distances, and masks of other keys: each within 5 standard deviations of chance."""
+    rate = 0.3
+    masks = [np.asarray(dropout(jnp.ones(shape), rate, nnx.Rngs(dropout=i))).ravel() != 0 for i in range(4)]
+    size = masks[0].size
+    for mask in masks:
+        assert abs(mask.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / size)
+    flips = [(mask - mask.mean()) / mask.std() for mask in masks]
+    for distance in (1, 2, 4, 32, 128, 512, 1024, 4096, 65536):
+        assert abs(np.mean(flips[0][distance:] * flips[0][:-distance])) < 5 / math.sqrt(size - distance), distance
+    for other in flips[1:]:
+        assert abs(np.mean(flips[0] * other)) < 5 / math.sqrt(size)
+    ones_per_bucket = masks[0].reshape(256, -1).sum(axis=1)  # neither clumped nor evened out
+    spread = ones_per_bucket.var() / (size / 256 * rate * (1 - rate))
+    assert 0.6 < spread < 1.5
+
+
+def test_softmax_has_the_gradient_of_its_formula():
+    random = np.random.default_rng(0)
+    scores, dweights = (jnp.asarray(random.standard_normal((3, 5, 7)), jnp.float32) * 3 for _ in range(2))
+    scores = jnp.where(jnp.arange(7) <= jnp.arange(5)[:, None], scores, -jnp.inf)
+
+    def formula(scores):
+        return jnp.exp(scores) / jnp.exp(scores).sum(axis=-1, keepdims=True)
+
+    (ours, ours_back), (expected, back) = (jax.vjp(f, scores) for f in (softmax, formula))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(ours_back(dweights)[0], back(dweights)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_fused_attention_where_there_is_one_computes_the_same(monkeypatch):
+    """cuDNN's attention through its interface, with XLA's arithmetic behind it: layout, scale and mask are ours."""
+    config = dataclasses.replace(TINY, n_embd=32, n_head=4)
+    params, ids_BT = random_params(config), jnp.asarray(random_ids(config))
+    plain_BTV = forward(params, ids_BT, config)
+    interface, asked = jax.nn.dot_product_attention, []
+
+    def with_xla(q_BTNH, k_BTNH, v_BTNH, *, is_causal, implementation):
+        asked.append((implementation, q_BTNH.shape))
+        return interface(q_BTNH, k_BTNH, v_BTNH, is_causal=is_causal, implementation="xla")
+
+    monkeypatch.setattr(jax_transformer, "has_fused_attention", lambda dtype: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", with_xla)
+    np.testing.assert_allclose(forward(params, ids_BT, config), plain_BTV, rtol=1e-4, atol=1e-5)
+    B, T = ids_BT.shape
+    assert asked == [("cudnn", (B, T, 4, 8))] * config.n_layer
+    dropping = dataclasses.replace(config, dropout=0.5)  # cuDNN has no usable dropout
+    forward(params, ids_BT, dropping, dropout_key=jax.random.key(0))
+    assert len(asked) == config.n_layer
+
+
+def test_embedding_gradients_are_summed_in_float32():
+    """A sum of 4096 ones in bfloat16 ends at 256, and a frequent token would hardly learn."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=3, dtype="bfloat16")
+    graphdef, params = jax_transformer._graphdef(config), random_params(config)
+    ids_BT, pulled_back = jnp.zeros((64, 64), jnp.int32), jnp.ones((64, 64, 8), jnp.bfloat16)
+
+    def embedded(wte_VD):
+        return nnx.merge(graphdef, params | {"wte": {"embedding": wte_VD}}).embed(ids_BT, None)
+
+    gradient = jax.vjp(embedded, jnp.zeros((3, 8)))[1](pulled_back)[0]
+    np.testing.assert_array_equal(gradient, np.repeat([[4096.0], [0.0], [0.0]], 8, axis=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ for available, batch_size in ((1, 4), (4, 2), (8, 4)):
     layout = utils.lay_out(ROWS, batch_size, available)
     mesh = utils.make_mesh(jax.devices()[: layout.devices])
     state = utils.fresh_state(config, optimizer, 0, mesh)
-    step, losses = utils.compile_train_step(config, optimizer, 0), []
+    step, losses = utils.compile_train_step(config, optimizer, 0, mesh), []
     compilations = []
     for iteration in range(5):
         tokens_RW = np.random.default_rng(iteration).integers(0, 13, (ROWS, 9), dtype=np.int32)
@@ -507,10 +507,13 @@ for available, batch_size in ((1, 4), (4, 2), (8, 4)):
     x_RT, y_RT = tokens_RW[:13, :-1], tokens_RW[:13, 1:]
     padded = [utils.pad_rows(rows, batch_size, layout.devices) for rows in (x_RT, y_RT)]
     sharded = [utils.shard_rows(rows, micro_batches, mesh) for rows, micro_batches in padded]
-    row_losses = utils.compile_eval(config)(state.params, *sharded)
+    program = step.lower(state, x_ABT, y_ABT, np.float32(1e-2), np.int32(0)).compile().as_text()
+    before_entry, entry = program.split("ENTRY")
+    row_losses = utils.compile_eval(config, mesh)(state.params, *sharded)
     results["runs"][available] = {
         "layout": layout, "losses": losses, "compilations": compilations,
         "eval": np.asarray(row_losses).ravel()[:13].tolist(),
+        "all_reduces": [part.count(" all-reduce(") for part in (before_entry, entry)],
     }
 print(json.dumps(results))
 """
@@ -539,6 +542,13 @@ def test_losses_do_not_depend_on_the_number_of_devices():
     for run in (four, eight):
         np.testing.assert_allclose(run["losses"], one["losses"], rtol=0, atol=1e-5)
         np.testing.assert_allclose(run["eval"], one["eval"], rtol=0, atol=1e-5)
+
+
+def test_devices_exchange_gradients_once_an_update_not_once_a_micro_batch():
+    runs = eight_devices()["runs"]
+    assert runs["4"]["layout"][1] == 2  # so there is a loop over micro-batches, which is no part of ENTRY
+    assert [runs[n]["all_reduces"][0] for n in "148"] == [0, 0, 0]
+    assert [runs[n]["all_reduces"][1] > 0 for n in "148"] == [False, True, True]
 
 
 def test_step_is_compiled_once_on_any_number_of_devices():
