@@ -112,8 +112,8 @@ def main() -> None:
             jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
             in_flight = metrics
             ended.append(time.perf_counter())
-            if layout.devices > 1 and devices[0].platform == "cpu":
-                jax.block_until_ready(state)
+            if devices[0].platform == "cpu":
+                jax.block_until_ready(state)  # host-device sync, as in the trainer
 
     run_steps(config.warmup_steps)
     ended, waits = ended[-1:], []

@@ -410,8 +410,9 @@ def main() -> int:
             report_in_flight()  # the iteration before, while the device computes this one
             in_flight = step, metrics
             progress.step += 1
-            if layout.devices > 1 and devices[0].platform == "cpu":
-                # host-device sync: virtual CPU devices deadlock in their all-reduce when steps are dispatched ahead
+            if devices[0].platform == "cpu":
+                # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
+                # virtual CPU devices would deadlock in their all-reduce
                 jax.block_until_ready(state)
             saver.check()
         report_in_flight()
