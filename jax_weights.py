@@ -154,9 +154,11 @@ def _from_hub(name: str) -> Path:
     files = ("config.json", "model.safetensors")
     logging.set_verbosity_error()  # its retries
 
-    def get(**options: bool) -> Path:
+    def get(local_files_only: bool) -> Path:
         """The directory with both files."""
-        return {Path(hf_hub_download(HUB[name], file, **options)).parent for file in files}.pop()
+        return {
+            Path(hf_hub_download(HUB[name], file, local_files_only=local_files_only)).parent for file in files
+        }.pop()
 
     try:
         try:  # what is cached is not asked for again: these files do not change any more
@@ -165,7 +167,7 @@ def _from_hub(name: str) -> Path:
             if constants.HF_HUB_OFFLINE:
                 raise
             print(f"downloading {HUB[name]} from the Hugging Face hub", flush=True)
-            return get()
+            return get(local_files_only=False)
     except (OSError, ValueError) as error:  # the hub's own errors are either
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}"
         raise WeightsError(
@@ -212,7 +214,7 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # What the code of our model has built in, and the value it has where a file does not say.
     activation = options.get("activation_function", "gelu_new")
     n_embd = options.get("n_embd", 768)
-    built_in = {
+    built_in: dict[str, tuple[Any, list]] = {
         "model_type": (options.get("model_type", "gpt2"), ["gpt2"]),
         "activation_function": (activation, list(GELU)),
         "layer_norm_epsilon": (options.get("layer_norm_epsilon", 1e-5), [1e-5]),
@@ -397,7 +399,7 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
         if entry.ours.endswith(".bias") and not config.bias:
             array = np.zeros(entry.shape, np.float32)
         else:
-            leaf = functools.reduce(lambda node, key: node[key], entry.ours.split("."), params)
+            leaf: Any = functools.reduce(lambda node, key: node[key], entry.ours.split("."), params)
             assert leaf.shape == entry.shape, f"params do not fit config: {entry.ours} is {leaf.shape}, {entry.shape=}"
             array = np.asarray(leaf, np.float32)  # host-device sync
         tensors[f"transformer.{entry.theirs}"] = np.ascontiguousarray(array.T if entry.conv1d else array)

@@ -118,9 +118,10 @@ def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
     def named(key: str) -> str:
         return f"{key}={getattr(config, key)} ({sources.get(key, 'default')})"
 
-    if config.n_embd % config.n_head:
+    from_weights = config.init_from not in ("scratch", "resume")  # which have the shape of the model, too
+    if config.n_embd % config.n_head and not from_weights:
         raise ConfigError(f"{named('n_embd')} is not divisible by {named('n_head')}; choose another of them")
-    if config.init_from not in ("scratch", "resume"):
+    if from_weights:
         try:
             jax_weights.find_weights(config.init_from)
         except jax_weights.WeightsError as error:

@@ -104,12 +104,12 @@ def main() -> int:
         largest = np.abs(there_BTV).max()
         print(f"{batch:5} {difference:20.2e} {largest:15.3f} {our_loss:11.5f} {their_loss:12.5f} {same:16.2%}")
 
-    differences, loss_differences, same = map(np.array, zip(*rows, strict=True))
+    differences, loss_differences, sames = map(np.array, zip(*rows, strict=True))
     good = differences <= config.tolerance  # a NaN is not
     print(
         f"\nlargest difference of two logits   mean {differences.mean():.2e}   worst {differences.max():.2e}\n"
         f"difference of the losses           mean {loss_differences.mean():.2e}   worst {loss_differences.max():.2e}\n"
-        f"same likeliest token               mean {same.mean():.2%}     worst {same.min():.2%}\n"
+        f"same likeliest token               mean {sames.mean():.2%}     worst {sames.min():.2%}\n"
         f"{'✓' if good.all() else '✗'} {good.sum()} of {len(good)} batches within {config.tolerance:g}"
     )
     return 0 if good.all() else 1

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,7 +143,7 @@ def test_next_token_example_shows_the_softmax_of_the_forward_pass(run, workdir):
     from jax_transformer import forward
 
     params, config = load_weights(workdir / "model")
-    logits_V = np.asarray(forward(params, np.array([[15496, 995]], np.int32), config), np.float64)[0, -1, :50257]
+    logits_V = np.asarray(forward(params, jnp.array([[15496, 995]]), config), np.float64)[0, -1, :50257]
     weights_V = np.exp(logits_V - logits_V.max())
     likeliest = np.argsort(-weights_V)[:5]
     rows = re.findall(r"^ +([\d.]+)% +(\d+)  (.*)$", done.stdout, re.M)

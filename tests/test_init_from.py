@@ -70,9 +70,9 @@ def evaluations(printed: str) -> list[tuple[float, float]]:
 def first_loss(workdir: Path, block_size: int) -> float:
     """The loss of iteration 0, in another way: the weights as loaded, on the rows the trainer sees."""
     params, config = load_weights(workdir / "weights")
-    rows = {"seed": 1337, "batch_size": 6, "block_size": block_size}
-    x_BT, y_BT = (jnp.asarray(a) for a in jax_data.get_batch(workdir / "data" / "tiny", "train", 0, **rows))
-    return float(cross_entropy(forward(params, x_BT, config), y_BT).mean())
+    pair = jax_data.get_batch(workdir / "data" / "tiny", "train", 0, seed=1337, batch_size=6, block_size=block_size)
+    x_BT, y_BT = (jnp.asarray(a) for a in pair)
+    return float(cross_entropy(jax.jit(forward, static_argnums=2)(params, x_BT, config), y_BT).mean())
 
 
 def test_training_goes_on_from_the_weights_and_resumes_as_any_run(run, tune):
@@ -173,7 +173,8 @@ MISTAKES = {
     "no biases": (["--bias=False"], None, [r"bias=False \(--bias=False\) contradicts", "bias=True"]),
     "another gelu": (["--gelu=erf"], None, ["gelu=erf", "gelu=tanh"]),
     "too long": (["--block_size=33"], None, [r"block_size=33 \(--block_size=33\) is longer than", "block_size=32"]),
-    "a config file contradicts": (["tiny.py", "--init_from=weights"], None, [r"\(tiny\.py\) contradicts init_from"]),
+    "a config file contradicts": (["deep.py"], lambda f: (f / "deep.py").write_text("n_layer = 3"), [
+        r"n_layer=3 \(deep\.py\) contradicts init_from=weights"]),
     "larger vocabulary": ([], large_data, ["dataset=tiny has a vocabulary of 18", "init_from=weights know 17 tokens"]),
     "unknown name": (["--init_from=gtp2"], None, [r"init_from=gtp2 \(--init_from=gtp2\)", "did you mean gpt2"]),
     "misspelt resume": (["--init_from=resum"], None, ["init_from=resum", "neither scratch nor resume"]),

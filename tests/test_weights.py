@@ -49,8 +49,11 @@ def assert_same(params: Params, others: Params) -> None:
     assert all(a.dtype == np.float32 and a.tobytes() == theirs[name].tobytes() for name, a in ours.items())
 
 
+compiled = jax.jit(forward, static_argnums=2)
+
+
 def logits_of(params: Params, ids_BT: np.ndarray, config: GPTConfig) -> jax.Array:
-    return jax.jit(forward, static_argnums=2)(params, jnp.asarray(ids_BT, jnp.int32), config)
+    return compiled(params, jnp.asarray(ids_BT, jnp.int32), config)
 
 
 def random_params(config: GPTConfig, seed: int = 0) -> Params:
@@ -509,11 +512,11 @@ def test_tensor_that_reaches_past_its_numbers_is_refused(tmp_path):
 # out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.builds(
         lambda heads, width, **rest: GPTConfig(n_head=heads, n_embd=heads * width, **rest),
-        heads=st.integers(1, 3), width=st.integers(1, 4), n_layer=st.integers(1, 11), block_size=st.integers(1, 6),
+        heads=st.integers(1, 3), width=st.integers(1, 4), n_layer=st.integers(1, 3), block_size=st.integers(1, 6),
         vocab_size=st.integers(1, 9), bias=st.booleans(), gelu=st.sampled_from(["erf", "tanh"]),
     ),
     st.integers(0, 2**32),
