@@ -67,18 +67,20 @@ def evaluations(printed: str) -> list[tuple[float, float]]:
     return [(float(train), float(val)) for train, val in found]
 
 
-def first_loss(workdir: Path, block_size: int) -> float:
-    """The loss of iteration 0, in another way: the weights as loaded, on the rows the trainer sees."""
+def loss_of(workdir: Path, split: str, rows: int, block_size: int, sampling: str) -> float:
+    """The loss of the weights in another way: as loaded, on the rows the trainer sees at step 0."""
     params, config = load_weights(workdir / "weights")
-    pair = jax_data.get_batch(workdir / "data" / "tiny", "train", 0, seed=1337, batch_size=6, block_size=block_size)
-    x_BT, y_BT = (jnp.asarray(a) for a in pair)
-    return float(cross_entropy(jax.jit(forward, static_argnums=2)(params, x_BT, config), y_BT).mean())
+    x_BT, y_BT = jax_data.get_batch(
+        workdir / "data" / "tiny", split, 0, seed=1337, batch_size=rows, block_size=block_size, sampling=sampling
+    )
+    logits_BTV = jax.jit(forward, static_argnums=2)(params, jnp.asarray(x_BT), config)
+    return float(cross_entropy(logits_BTV, jnp.asarray(y_BT)).mean())
 
 
 def test_training_goes_on_from_the_weights_and_resumes_as_any_run(run, tune):
     done = run("train_jax.py", "tune.py")
     assert "Initializing from the weights of weights\n" in done.stdout
-    assert losses(tune / "out")[0] == pytest.approx(first_loss(tune, 32), rel=1e-5)
+    assert losses(tune / "out")[0] == pytest.approx(loss_of(tune, "train", 6, 32, "random"), rel=1e-5)
     meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "out")[0])
     assert meta["model"] == vars(MODEL) and meta["config"]["n_embd"] == 16 and meta["config"]["bias"] is True
 
@@ -90,11 +92,11 @@ def test_training_goes_on_from_the_weights_and_resumes_as_any_run(run, tune):
 
 
 def test_a_shorter_block_size_crops_and_dropout_is_the_options(run, tune):
-    run("train_jax.py", "tune.py", "--block_size=12", "--max_iters=1")
-    assert losses(tune / "out")[0] == pytest.approx(first_loss(tune, 12), rel=1e-5)
-    run("train_jax.py", "tune.py", "--out_dir=dropped", "--block_size=12", "--max_iters=1", "--dropout=0.4")
-    assert abs(losses(tune / "dropped")[0] - first_loss(tune, 12)) > 1e-3
-    meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "dropped")[0])
+    done = run("train_jax.py", "tune.py", "--block_size=12", "--max_iters=1", "--dropout=0.4")
+    (_, val_loss), *_ = evaluations(done.stdout)  # without dropout, and before any update
+    assert val_loss == pytest.approx(loss_of(tune, "val", 6, 12, "spread"), abs=1e-4)
+    assert abs(losses(tune / "out")[0] - loss_of(tune, "train", 6, 12, "random")) > 1e-3  # with dropout
+    meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "out")[0])
     assert meta["model"]["block_size"] == 12 and meta["model"]["dropout"] == 0.4
 
 
