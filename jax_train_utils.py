@@ -98,6 +98,15 @@ def fresh_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed
     return jax.jit(functools.partial(init_state, config, optimizer, seed), out_shardings=replicated(mesh))()
 
 
+def state_of(params: Params, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state that starts from these parameters; they have to be on every device of the mesh already."""
+
+    def fresh(params: Params) -> Any:
+        return optimizer.init(params), initial_loss_scale(config.dtype)
+
+    return TrainState(params, jax.jit(fresh, out_shardings=replicated(mesh))(params))
+
+
 def abstract_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
     shapes = jax.eval_shape(functools.partial(init_state, config, optimizer, 0))

@@ -1,6 +1,7 @@
 """Does it work on this machine? A self check in under a minute; pytest runs the same functions.
 
 python test_jax_transformer.py
+python test_jax_transformer.py --accelerator=True     a GPU or TPU against this machine's CPU
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -20,6 +23,7 @@ try:
     import jax.numpy as jnp
     import numpy as np
 
+    import configurator
     import jax_checkpoint
     import jax_train_utils as utils
     from jax_transformer import (
@@ -220,13 +224,102 @@ def test_checkpoint_comes_back_bit_for_bit():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# --accelerator=True: what a GPU or TPU computes, against float32 on the CPU. Not named test_: pytest has no accelerator
+
+WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=512, bias=True)  # heads of 64, as GPT-2's
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def logits_and_gradients(params: Params, ids_BT: jax.Array, config: GPTConfig):
+    """Logits (B, T, V) of all but the last ids, and the gradients of the mean loss, by the path `forward` takes."""
+
+    def loss_of(params: Params):
+        logits_BTV = forward(params, ids_BT[:, :-1], config)
+        return cross_entropy(logits_BTV, ids_BT[:, 1:]).mean(), logits_BTV
+
+    grads, logits_BTV = jax.grad(loss_of, has_aux=True)(params)
+    return logits_BTV, grads
+
+
+def computed_on(device: jax.Device, dtype: str) -> dict[str, np.ndarray]:
+    """Logits and gradients of one model and batch, float64, by name."""
+    config = dataclasses.replace(WIDE, dtype=dtype)
+    ids_BT = np.random.default_rng(1).integers(0, WIDE.vocab_size, (4, WIDE.block_size + 1), dtype=np.int32)
+    with full_precision():
+        logits_BTV, grads = logits_and_gradients(*jax.device_put((random_params(config), ids_BT), device), config)
+    leaves = jax.tree_util.tree_flatten_with_path({"logits": logits_BTV, "gradient": grads})[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x, np.float64) for path, x in leaves}
+
+
+def check_against_cpu(device: jax.Device, dtype: str, tolerance: float) -> None:
+    """All numbers of a tensor within `tolerance` of float32 on the CPU, as the length of the difference vector.
+
+    In relation to the tensor's own length. The biases of the keys are left out: a softmax does not see them, so that
+    their gradient is rounding alone.
+    """
+    D, worst = WIDE.n_embd, (0.0, "")
+    seen, expected = computed_on(device, dtype), computed_on(jax.devices("cpu")[0], "float32")
+    for name, wanted in expected.items():
+        found = seen[name]
+        if name.endswith("c_attn.bias"):
+            found, wanted = (np.delete(x, slice(D, 2 * D)) for x in (found, wanted))
+        assert np.isfinite(found).all(), f"{dtype}: {name} is not finite"
+        worst = max(worst, (float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), name))
+    print(f"  {dtype} on {device.device_kind}: {worst[1]} is off the most, by {worst[0]:.1e} of its length")
+    assert worst[0] <= tolerance, f"{dtype}: {worst[1]} is off by {worst[0]:.1e} of its length, more than {tolerance}"
+
+
+def accelerator_float32_is_the_cpus(device: jax.Device) -> None:
+    check_against_cpu(device, "float32", 1e-4)
+
+
+def accelerator_bfloat16_is_near_the_cpus_float32(device: jax.Device) -> None:
+    check_against_cpu(device, "bfloat16", 0.05)  # 8 bits of mantissa, through two layers and back
+
+
+def accelerator_attention_does_not_look_ahead(device: jax.Device) -> None:
+    config = dataclasses.replace(WIDE, dtype="bfloat16")
+    ids_BT = np.random.default_rng(2).integers(0, WIDE.vocab_size, (2, WIDE.block_size), dtype=np.int32)
+    changed_BT = ids_BT.copy()
+    changed_BT[:, 70] = (ids_BT[:, 70] + 1) % WIDE.vocab_size
+    params = jax.device_put(random_params(config), device)
+    before_BTV, after_BTV = (
+        np.asarray(logits_of(params, jax.device_put(ids, device), config)) for ids in (ids_BT, changed_BT)
+    )
+    differs_T = (before_BTV != after_BTV).any(axis=(0, 2))
+    assert not differs_T[:70].any(), f"token 70 changes the logits at {np.flatnonzero(differs_T[:70])} before it"
+    assert differs_T[70:].all(), "token 70 changes too little after it"
+
+
+ACCELERATOR_CHECKS = (
+    accelerator_float32_is_the_cpus,
+    accelerator_bfloat16_is_near_the_cpus_float32,
+    accelerator_attention_does_not_look_ahead,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Every option of the self check."""
+
+    accelerator: bool = False  # check the GPU or TPU against the CPU, rather than the installation
 
 
 def main() -> int:
-    checks = [value for name, value in globals().items() if name.startswith("test_")]
+    config = configurator.parse(CheckConfig)
+    checks: list[Callable[[], None]] = [value for name, value in globals().items() if name.startswith("test_")]
+    if config.accelerator:
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            print("no accelerator: JAX sees only a CPU, so there is nothing to check (see JAX_README.md, Installation)")
+            return 0
+        checks = [functools.partial(check, device) for check in ACCELERATOR_CHECKS]
+        print(f"  {device.device_kind} against {jax.devices('cpu')[0].device_kind}")
     failed = []
     for check in checks:
-        name = check.__name__.removeprefix("test_").replace("_", " ")
+        name = getattr(check, "func", check).__name__.removeprefix("test_").replace("_", " ")
         start = time.perf_counter()
         try:
             check()
@@ -240,7 +333,7 @@ def main() -> int:
         print(f"✗ {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
         return 1
     print("✓ ALL TESTS PASSED!")
-    print("The JAX transformer library is working correctly.")
+    print(f"The {'accelerator' if config.accelerator else 'JAX transformer library'} is working correctly.")
     return 0
 
 

@@ -4,6 +4,7 @@ python train_jax.py config/train_shakespeare_char.py                  a first mo
 python train_jax.py config/train_shakespeare_char.py --batch_size=32  flags win over config files
 python train_jax.py --init_from=resume --out_dir=out-shakespeare-char go on where a run stopped
 python train_jax.py --init_from=resume --eval_only=True               evaluate a run, change nothing
+python train_jax.py config/finetune_shakespeare.py --init_from=gpt2   from GPT-2's weights
 python train_jax.py config/train_gpt2.py --wandb_log=True             GPT-2 (124M) on OpenWebText
 python train_jax.py config/train_gpt2.py --print_config=True          where does each value come from?
 """
@@ -27,6 +28,7 @@ import configurator
 import jax_checkpoint
 import jax_data
 import jax_run_log
+import jax_weights
 from configurator import Between, ConfigError
 
 AtLeast0 = Annotated[int, Between(0)]
@@ -46,7 +48,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once, print, exit; nothing is written
     always_save_checkpoint: bool = True  # save at every evaluation, not only when the validation loss improved
     keep_checkpoints: AtLeast1 = 2  # newest checkpoints kept; the best one is kept apart, in best/
-    init_from: str = "scratch"  # scratch | resume
+    init_from: str = "scratch"  # scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a path to weights
     checkpoint: str = "latest"  # with resume and eval_only: latest | best | a step number
     overwrite: bool = False  # start afresh in an out_dir that holds a run: its files are removed
     print_config: bool = False  # show every option with its value and where it came from, then exit
@@ -116,12 +118,14 @@ def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
     def named(key: str) -> str:
         return f"{key}={getattr(config, key)} ({sources.get(key, 'default')})"
 
-    if config.n_embd % config.n_head:
+    from_weights = config.init_from not in ("scratch", "resume")  # which have the shape of the model, too
+    if config.n_embd % config.n_head and not from_weights:
         raise ConfigError(f"{named('n_embd')} is not divisible by {named('n_head')}; choose another of them")
-    if config.init_from not in ("scratch", "resume"):
-        raise ConfigError(
-            f"{named('init_from')} must be scratch or resume; starting from GPT-2's weights is not here yet"
-        )
+    if from_weights:
+        try:
+            jax_weights.find_weights(config.init_from)
+        except jax_weights.WeightsError as error:
+            raise ConfigError(f"{named('init_from')} is neither scratch nor resume: {error}") from None
     if config.checkpoint != "latest" and not (config.init_from == "resume" and config.eval_only):
         raise ConfigError(f"{named('checkpoint')} is for --init_from=resume --eval_only=True")
     if config.overwrite and (config.init_from == "resume" or config.eval_only):
@@ -160,14 +164,36 @@ def inherit_options(step_dir: Path, meta: dict[str, Any]) -> tuple[TrainConfig, 
     return config, sources
 
 
+def adopt_shape(config: TrainConfig, sources: dict[str, str], model: dict[str, Any]) -> TrainConfig:
+    """With --init_from=gpt2 and the like: the options with the shape of the weights' model, `model`.
+
+    A shorter block_size crops the model. Raises ConfigError if another option given contradicts the weights.
+    """
+    shape = {key: model[key] for key in MODEL_SHAPE}
+    for key in shape.keys() & sources.keys():
+        given = getattr(config, key)
+        if key == "block_size" and given < shape[key]:
+            shape[key] = given
+        elif given != shape[key]:
+            what = "is longer than" if key == "block_size" else "contradicts"
+            raise ConfigError(
+                f"{key}={given} ({sources[key]}) {what} init_from={config.init_from}, whose weights have "
+                f"{key}={shape[key]}; leave it out"
+            )
+    return dataclasses.replace(config, **shape)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # set-up
 
 
-def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, dict[str, Any], int]:
+def open_data(
+    config: TrainConfig, meta: dict[str, Any] | None, weights: jax_weights.Weights | None
+) -> tuple[Path, dict[str, Any], int]:
     """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
 
-    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with.
+    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with, or if the data's
+    is larger than that of the weights to start from.
     """
     data_dir = jax_data.find_data_dir(config.dataset)
     found: dict[str, Any] | None = jax_data.load_meta(data_dir)
@@ -181,6 +207,15 @@ def open_data(config: TrainConfig, meta: dict[str, Any] | None) -> tuple[Path, d
         if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
             raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
         vocab_size = meta["model"]["vocab_size"]
+    elif weights is not None:
+        vocab_size = weights.model["vocab_size"]
+        if found["vocab_size"] > vocab_size:
+            raise ConfigError(
+                f"dataset={config.dataset} has a vocabulary of {found['vocab_size']}, but the weights of "
+                f"init_from={config.init_from} know {vocab_size} tokens; prepare the data with their tokenizer"
+            )
+        if config.init_from in jax_weights.HUB and codec["tokenizer"] != "gpt2":
+            print(f"note: {config.init_from} knows GPT-2's tokens, and those of {data_dir} are {codec['tokenizer']}")
     elif codec["tokenizer"] == "gpt2":
         vocab_size = 50304
         print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
@@ -242,10 +277,17 @@ def main() -> int:
         config, sources = inherit_options(step_dir, meta)
     if config.print_config:
         labels = dict.fromkeys(NEVER_INHERITED, "default") | sources
+        if config.init_from not in ("scratch", "resume"):
+            labels = dict.fromkeys(MODEL_SHAPE, f"default; {config.init_from} decides") | labels
         configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint")
         return 0
     check_options(config, sources)
-    data_dir, codec, vocab_size = open_data(config, meta)
+    weights = None
+    if config.init_from not in ("scratch", "resume"):
+        jax_data.find_data_dir(config.dataset)  # before a download of gigabytes
+        weights = jax_weights.open_weights(config.init_from)
+        config = adopt_shape(config, sources, weights.model)
+    data_dir, codec, vocab_size = open_data(config, meta, weights)
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
 
@@ -278,10 +320,16 @@ def main() -> int:
     optimizer = utils.make_optimizer(
         beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
-    if meta is None:
+    progress = Progress()
+    if weights is not None:
+        theirs = "OpenAI GPT-2 weights: " if config.init_from in jax_weights.HUB else "the weights of "
+        print(f"Initializing from {theirs}{config.init_from}")
+        params = jax_weights.read_weights(weights, utils.replicated(mesh), config.block_size)
+        # to evaluate needs no optimizer
+        state = utils.TrainState(params, None) if config.eval_only else utils.state_of(params, model, optimizer, mesh)
+    elif meta is None:
         print("Initializing a new model from scratch")
         state = utils.fresh_state(model, optimizer, config.seed, mesh)
-        progress = Progress()
     else:
         print(f"Resuming training from {step_dir}")
         wanted = utils.abstract_state(model, optimizer, mesh)
@@ -442,5 +490,6 @@ if __name__ == "__main__":
         jax_data.DataError,
         jax_checkpoint.CheckpointError,
         jax_run_log.MetricsError,
+        jax_weights.WeightsError,
         machine_failed=(jax_checkpoint.SaveError, OSError),
     )

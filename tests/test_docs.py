@@ -21,17 +21,29 @@ import pytest
 
 import configurator
 from bench_jax import BenchConfig
+from examples.compare_with_transformers import CompareConfig
+from examples.gpt2_next_token import ExampleConfig
+from export_jax import ExportConfig
 from sample_jax import SampleConfig
+from test_jax_transformer import CheckConfig
 from train_jax import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("data/*/*.md")])
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py")
+    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py", "examples/*.py")
     for path in ROOT.glob(pattern)
 )
-CONFIGS: dict[str, Any] = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig, "bench_jax.py": BenchConfig}
+CONFIGS: dict[str, Any] = {
+    "train_jax.py": TrainConfig,
+    "sample_jax.py": SampleConfig,
+    "bench_jax.py": BenchConfig,
+    "export_jax.py": ExportConfig,
+    "examples/gpt2_next_token.py": ExampleConfig,
+    "examples/compare_with_transformers.py": CompareConfig,
+    "test_jax_transformer.py": CheckConfig,
+}
 NANOGPT_SCRIPTS = {"train.py", "sample.py", "bench.py"}  # for comparison, run in its own checkout
 MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:home|root|work|workspace|Users|tmp|mnt|opt|srv|var|private|nix)/\S*")
 
@@ -71,7 +83,9 @@ def option_table(script: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("script", ["train_jax.py", "sample_jax.py"])  # bench_jax.py's are the trainer's and a few
+@pytest.mark.parametrize(
+    "script", ["train_jax.py", "sample_jax.py", "export_jax.py"]
+)  # bench_jax.py's are the trainer's and a few
 def test_option_table_of_the_manual_is_the_dataclass(script):
     table = "\n".join(option_table(script))
     assert f"\n{table}\n\n" in read("JAX_README.md"), f"JAX_README.md lacks this table of {script}:\n\n{table}\n"
