@@ -1,0 +1,133 @@
+"""The parts of benchmarks/gpu.sh: one process each, the most important first, results in one JSON file.
+
+    python benchmarks/gpu.py --json=benchmarks/gpu.json --nanogpt=../nanoGPT --seconds=520
+
+A part that fails is kept with the end of what it printed, and tried again by the next call. A part is not begun when
+less than a minute is left. `--device=cpu` with `--only=NAME` tries a part out where there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GPT2 = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--real_data=False", "--eval_iters=4", "--steps=30"]
+CHAR = ["config/train_shakespeare_char.py", "--eval_iters=20"]
+FLAGS = {  # one at a time, at 32 rows
+    "no triton gemm": "--xla_gpu_enable_triton_gemm=false",
+    "cublaslt": "--xla_gpu_enable_cublaslt=true",
+    "graphs of one kernel": "--xla_gpu_graph_min_graph_size=1",
+    "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+}
+
+
+def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str]]]:
+    """Name -> (kind, flags, environment)."""
+    table: dict[str, tuple[str, list[str], dict[str, str]]] = {"gpt2 x32": ("bench", [*GPT2, "--batch_size=32"], {})}
+    if nanogpt is not None:
+        table["nanogpt gpt2 x32"] = ("nanogpt bench", ["--batch_size=32"], {})
+    table["gpt2 x64"] = ("bench", [*GPT2, "--batch_size=64"], {})
+    table["char step"] = ("bench", [*CHAR, "--steps=200"], {})
+    table["char run"] = ("train", ["config/train_shakespeare_char.py"], {})
+    if nanogpt is not None:
+        table["nanogpt gpt2 x64"] = ("nanogpt bench", ["--batch_size=64"], {})
+        table["nanogpt gpt2 x12"] = ("nanogpt bench", ["--batch_size=12"], {})
+    table["gpt2 x12"] = ("bench", [*GPT2, "--batch_size=12"], {})
+    table["gpt2 x96"] = ("bench", [*GPT2, "--batch_size=96"], {})
+    table["gpt2 4 x 16"] = ("bench", [*GPT2, "--batch_size=16", "--gradient_accumulation_steps=4"], {})
+    # Attention with dropout is XLA's, without it cuDNN's: the rate is far below one element in a million.
+    table["gpt2 x32, XLA's attention"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=1e-9"], {})
+    table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
+    table["gpt2 x12, float32"] = ("bench", [*GPT2, "--batch_size=12", "--dtype=float32"], {})
+    for name, flag in FLAGS.items():
+        table[f"gpt2 x32, {name}"] = ("bench", [*GPT2, "--batch_size=32"], {"XLA_FLAGS": flag})
+    table["gpt2 x32, profile"] = ("bench", [*GPT2, "--batch_size=32", "--profile=True"], {})
+    return table
+
+
+def measure(kind: str, flags: list[str], nanogpt: Path | None, folder: Path, timeout: float) -> dict:
+    """Run one part and read its figures. Raises RuntimeError with the end of its output if it fails."""
+    figures = folder / "figures.json"
+    if kind == "bench":
+        command, where = [sys.executable, "bench_jax.py", *flags, f"--json={figures}"], ROOT
+    elif kind == "train":
+        command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
+    else:
+        assert nanogpt is not None
+        command, where = [sys.executable, "bench.py", "--real_data=False", "--compile=True", *flags], nanogpt
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {timeout:.0f} s") from None
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    if kind == "bench":
+        return {"seconds": seconds, **json.loads(figures.read_text())}
+    if kind == "train":
+        losses = [float(loss) for loss in re.findall(r"^step \d+: .*val loss ([\d.]+)", done.stdout, re.MULTILINE)]
+        times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.MULTILINE)]
+        return {"seconds": seconds, "val_losses": losses, "best_val_loss": min(losses), "times_ms": times}
+    times = re.findall(r"time per iteration: ([\d.]+)ms", done.stdout)
+    rows = int(flags[0].partition("=")[2])
+    return {"seconds": seconds, "ms": float(times[-1]), "tokens_per_s": rows * 1024 / float(times[-1]) * 1000}
+
+
+def show(name: str, result: dict) -> str:
+    if "error" in result:
+        return f"{name:32} failed: {result['error'].splitlines()[0][:80]}"
+    if "best_val_loss" in result:
+        return f"{name:32} {result['seconds']:9.1f} s in all, best val loss {result['best_val_loss']}"
+    train = result.get("train", result)
+    ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
+    mfu = "" if train.get("mfu") is None else f"{train['mfu']:6.1f} % MFU"
+    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "gpu.json", help="where the figures go")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, for its rows")
+    parser.add_argument("--seconds", type=float, default=520, help="stop beginning parts in time for this")
+    parser.add_argument("--device", help="another device than the GPU, to try the parts out")
+    parser.add_argument("--only", help="this part alone")
+    args = parser.parse_args()
+    if args.nanogpt is not None and not (args.nanogpt / "bench.py").is_file():
+        print(f"error: --nanogpt={args.nanogpt} has no bench.py", file=sys.stderr)
+        return 2
+    table = parts(args.nanogpt)
+    if args.only is not None and args.only not in table:
+        print(f"error: --only={args.only} is none of: {', '.join(table)}", file=sys.stderr)
+        return 2
+
+    deadline = time.monotonic() + args.seconds
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for number, (name, (kind, flags, environment)) in enumerate(table.items(), 1):
+        if args.only not in (None, name) or "error" not in results.get(name, {"error": ""}):
+            continue
+        if (left := deadline - time.monotonic()) < 60:
+            print(f"out of time before part {number} of {len(table)}; call again to go on")
+            break
+        device = [f"--device={args.device}"] if args.device else []
+        os.environ.pop("XLA_FLAGS", None)
+        os.environ.update(environment)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results[name] = measure(kind, flags + device, args.nanogpt, Path(folder), min(left - 10, 240))
+            except RuntimeError as error:
+                results[name] = {"error": str(error)}
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{number:2} of {len(table)}  {show(name, results[name])}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
