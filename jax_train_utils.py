@@ -268,8 +268,8 @@ def train_step(
 
     Returns the new state and scalar metrics: `loss` (mean over the micro-batches, before the update), `grad_norm`
     (before clipping), `finite` and the `loss_scale` that was used. If the loss or the gradient is not finite, the state
-    is kept as it was (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) and, where
-    `axis` names the mesh axis that B is spread over inside a shard_map, the device.
+    is kept as it was (float16: with half the loss scale). Dropout follows from (seed, iteration, micro-batch) and,
+    where `axis` names the mesh axis that B is spread over (inside a shard_map), from the device.
     """
     assert x_ABT.shape == y_ABT.shape, f"inputs {x_ABT.shape} and targets {y_ABT.shape} differ in shape"
     A = x_ABT.shape[0]
