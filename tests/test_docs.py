@@ -25,10 +25,14 @@ from sample_jax import SampleConfig
 from train_jax import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("data/*/*.md")])
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "data/*/*.md", "microgpt/*.md", "microgpt/*/*.md")
+    for path in ROOT.glob(pattern)
+)
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py")
+    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py", "microgpt/*/main.py")
     for path in ROOT.glob(pattern)
 )
 CONFIGS: dict[str, Any] = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig, "bench_jax.py": BenchConfig}
