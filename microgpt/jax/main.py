@@ -1,6 +1,6 @@
 """microGPT in JAX, in pure functions: a GPT that reads names and invents new ones, after Andrej Karpathy's microgpt.py.
 
-`python main.py --reference=True` draws the random numbers that the original draws: its losses, its names.
+With --reference=True it draws the random numbers that the original draws: the same losses, the same names.
 Arrays' names end in their shape: T time, S time seen, D width, F MLP width, N heads, H head width, V tokens.
 """
 # /// script
@@ -47,12 +47,12 @@ def rmsnorm(x):
 
 def forward(params, input_ids):
     """Logits (T, V) for T tokens: row t scores every token as the successor of input_ids[: t + 1]."""
-    T = len(input_ids)
+    T, H = len(input_ids), N_EMBD // N_HEAD
     x_TD = rmsnorm(params["wte"][input_ids] + params["wpe"][:T])
     for i in range(N_LAYER):
         h_TD = rmsnorm(x_TD)
-        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, -1) for c in "qkv")
-        scores_NTS = jnp.einsum("tnh,snh->nts", q_TNH, k_SNH) / (N_EMBD / N_HEAD) ** 0.5
+        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, H) for c in "qkv")
+        scores_NTS = jnp.einsum("tnh,snh->nts", q_TNH, k_SNH) / H**0.5
         scores_NTS = jnp.where(jnp.tri(T, dtype=bool), scores_NTS, -jnp.inf)  # t looks back at s <= t, never ahead
         mixed_TNH = jnp.einsum("nts,snh->tnh", jax.nn.softmax(scores_NTS), v_SNH)
         x_TD += mixed_TNH.reshape(T, N_EMBD) @ params[f"layer{i}.attn_wo"].T

@@ -49,12 +49,12 @@ def rmsnorm(x):
 
 def forward_single(params, input_ids, pad_mask):
     """Logits (T, V) for one sequence of T tokens: row t scores every token as the successor of input_ids[: t + 1]."""
-    T = len(input_ids)
+    T, H = len(input_ids), N_EMBD // N_HEAD
     x_TD = rmsnorm(params["wte"][input_ids] + params["wpe"][:T])
     for i in range(N_LAYER):
         h_TD = rmsnorm(x_TD)
-        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, -1) for c in "qkv")
-        scores_NTS = jnp.einsum("tnh,snh->nts", q_TNH, k_SNH) / (N_EMBD / N_HEAD) ** 0.5
+        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, H) for c in "qkv")
+        scores_NTS = jnp.einsum("tnh,snh->nts", q_TNH, k_SNH) / H**0.5
         seen_TS = jnp.tri(T, dtype=bool) & ~pad_mask  # t looks back at s <= t, never ahead, and at no padding
         scores_NTS = jnp.where(seen_TS, scores_NTS, -jnp.inf)
         mixed_TNH = jnp.einsum("nts,snh->tnh", jax.nn.softmax(scores_NTS), v_SNH)

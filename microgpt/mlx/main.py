@@ -43,12 +43,12 @@ def rmsnorm(x):
 
 def forward(params, input_ids):
     """Logits (T, V) for T tokens: row t scores every token as the successor of input_ids[: t + 1]."""
-    T = len(input_ids)
+    T, H = len(input_ids), N_EMBD // N_HEAD
     x_TD = rmsnorm(params["wte"][input_ids] + params["wpe"][:T])
     for i in range(N_LAYER):
         h_TD = rmsnorm(x_TD)
-        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, -1) for c in "qkv")
-        scores_NTS = mx.einsum("tnh,snh->nts", q_TNH, k_SNH) / (N_EMBD / N_HEAD) ** 0.5
+        q_TNH, k_SNH, v_SNH = ((h_TD @ params[f"layer{i}.attn_w{c}"].T).reshape(T, N_HEAD, H) for c in "qkv")
+        scores_NTS = mx.einsum("tnh,snh->nts", q_TNH, k_SNH) / H**0.5
         scores_NTS = mx.where(mx.tri(T, dtype=mx.bool_), scores_NTS, -mx.inf)  # t looks back at s <= t, never ahead
         mixed_TNH = mx.einsum("nts,snh->tnh", mx.softmax(scores_NTS, axis=-1), v_SNH)
         x_TD += mixed_TNH.reshape(T, N_EMBD) @ params[f"layer{i}.attn_wo"].T

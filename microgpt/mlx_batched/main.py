@@ -46,13 +46,13 @@ def rmsnorm(x):
 
 def forward_batch(params, input_ids, pad_mask):
     """Logits (B, T, V) for B sequences of T tokens: those at t score every token as the successor of row[: t + 1]."""
-    B, T = input_ids.shape
-    seen_BNTS = mx.tri(T, dtype=mx.bool_) & ~pad_mask[:, None, None, :]  # t looks back at s <= t, and at no padding
+    (B, T), H = input_ids.shape, N_EMBD // N_HEAD
+    seen_BNTS = mx.logical_and(mx.tri(T), ~pad_mask[:, None, None, :])  # t looks back at s <= t, and at no padding
     x_BTD = rmsnorm(params["wte"][input_ids] + params["wpe"][:T])
     for i in range(N_LAYER):
         h_BTD = rmsnorm(x_BTD)
-        q_BTNH, k_BSNH, v_BSNH = ((h_BTD @ params[f"layer{i}.attn_w{c}"].T).reshape(B, T, N_HEAD, -1) for c in "qkv")
-        scores_BNTS = mx.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) / (N_EMBD / N_HEAD) ** 0.5
+        q_BTNH, k_BSNH, v_BSNH = ((h_BTD @ params[f"layer{i}.attn_w{c}"].T).reshape(B, T, N_HEAD, H) for c in "qkv")
+        scores_BNTS = mx.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) / H**0.5
         scores_BNTS = mx.where(seen_BNTS, scores_BNTS, -mx.inf)
         mixed_BTNH = mx.einsum("bnts,bsnh->btnh", mx.softmax(scores_BNTS, axis=-1), v_BSNH)
         x_BTD += mixed_BTNH.reshape(B, T, N_EMBD) @ params[f"layer{i}.attn_wo"].T
@@ -136,7 +136,7 @@ def main():
     print(f"num docs: {len(docs)}\nvocab size: {len(chars) + 1}\nnum params: {sum(p.size for p in params.values())}")
     params, _ = train(params, docs, chars, args.steps)
     print("\n--- inference (new, hallucinated names) ---")
-    for i, name in enumerate(generate(params, chars, args.samples)):
+    for i, name in enumerate(generate(params, chars, args.samples) if args.samples else []):
         print(f"sample {i + 1:2d}: {name}")
 
 
