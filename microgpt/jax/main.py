@@ -27,18 +27,16 @@ def encode(doc, chars):
     """Input ids and targets, T each: a token and its successor, -1 where there is none. One length, one compilation."""
     bos = len(chars)  # the last token of the vocabulary; it stands at both ends of a document
     tokens = [bos, *map(chars.index, doc), bos][: BLOCK_SIZE + 1]
-    missing = BLOCK_SIZE + 1 - len(tokens)
-    return tokens[:-1] + missing * [bos], tokens[1:] + missing * [-1]
+    return (tokens[:-1] + BLOCK_SIZE * [bos])[:BLOCK_SIZE], (tokens[1:] + BLOCK_SIZE * [-1])[:BLOCK_SIZE]
 
 
 def init_params(key, vocab_size):
-    """All that is learnt: a dict of matrices (out, in)."""
+    """All that is learnt: a dict of matrices (out, in). Nothing hides in JAX: a draw is a function of its key."""
     shapes = {"wte": (vocab_size, N_EMBD), "wpe": (BLOCK_SIZE, N_EMBD), "lm_head": (vocab_size, N_EMBD)}
     for i in range(N_LAYER):
         shapes |= {f"layer{i}.attn_{w}": (N_EMBD, N_EMBD) for w in ("wq", "wk", "wv", "wo")}
         shapes |= {f"layer{i}.mlp_fc1": (4 * N_EMBD, N_EMBD), f"layer{i}.mlp_fc2": (N_EMBD, 4 * N_EMBD)}
-    keys = jax.random.split(key, len(shapes))  # JAX hides no generator: a draw is a function of its key
-    return {name: INIT_STD * jax.random.normal(k, shapes[name]) for k, name in zip(keys, shapes, strict=True)}
+    return {k: INIT_STD * jax.random.normal(jax.random.fold_in(key, i), shapes[k]) for i, k in enumerate(shapes)}
 
 
 def rmsnorm(x):
@@ -106,7 +104,8 @@ def generate(params, chars, key, rng=None):
     """A new name, letter by letter, each drawn with a key of its own; with an rng, as the original draws."""
     bos = len(chars)
     ids = np.full(BLOCK_SIZE + 1, bos)  # what is not drawn yet lies ahead, where no position looks
-    for t, k in enumerate(jax.random.split(key, BLOCK_SIZE)):
+    for t in range(BLOCK_SIZE):
+        k = jax.random.fold_in(key, t)
         logits_V = np.asarray(jax.jit(forward)(params, ids[:-1]))[t] / TEMPERATURE
         ids[t + 1] = rng.choices(range(bos + 1), np.exp(logits_V))[0] if rng else jax.random.categorical(k, logits_V)
         if ids[t + 1] == bos:
@@ -141,8 +140,9 @@ def main():
     print(f"num docs: {len(docs)}\nvocab size: {len(chars) + 1}\nnum params: {sum(p.size for p in params.values())}")
     params, _ = train(params, docs, chars, args.steps)
     print("\n--- inference (new, hallucinated names) ---")
-    for i, name_key in enumerate(jax.random.split(key, args.samples)):
-        print(f"sample {i + 1:2d}: {generate(params, chars, name_key, rng if args.reference == 'True' else None)}")
+    for i in range(1, args.samples + 1):
+        name = generate(params, chars, jax.random.fold_in(key, i), rng if args.reference == "True" else None)
+        print(f"sample {i:2d}: {name}")
 
 
 if __name__ == "__main__":

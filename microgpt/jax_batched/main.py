@@ -34,13 +34,12 @@ def make_batch(docs, step, batch_size, chars=ascii_lowercase):
 
 
 def init_params(key, vocab_size):
-    """All that is learnt: a dict of matrices (out, in)."""
+    """All that is learnt: a dict of matrices (out, in). Nothing hides in JAX: a draw is a function of its key."""
     shapes = {"wte": (vocab_size, N_EMBD), "wpe": (BLOCK_SIZE, N_EMBD), "lm_head": (vocab_size, N_EMBD)}
     for i in range(N_LAYER):
         shapes |= {f"layer{i}.attn_{w}": (N_EMBD, N_EMBD) for w in ("wq", "wk", "wv", "wo")}
         shapes |= {f"layer{i}.mlp_fc1": (4 * N_EMBD, N_EMBD), f"layer{i}.mlp_fc2": (N_EMBD, 4 * N_EMBD)}
-    keys = jax.random.split(key, len(shapes))  # JAX hides no generator: a draw is a function of its key
-    return {name: INIT_STD * jax.random.normal(k, shapes[name]) for k, name in zip(keys, shapes, strict=True)}
+    return {k: INIT_STD * jax.random.normal(jax.random.fold_in(key, i), shapes[k]) for i, k in enumerate(shapes)}
 
 
 def rmsnorm(x):
@@ -112,9 +111,9 @@ def generate(params, chars, key, count):
     """New names, all of them letter by letter at once."""
     ids = np.full((count, BLOCK_SIZE + 1), len(chars))  # what is not drawn yet lies ahead, where no position looks
     no_padding = np.full((count, BLOCK_SIZE), False)
-    for t, k in enumerate(jax.random.split(key, BLOCK_SIZE)):
+    for t in range(BLOCK_SIZE):
         logits_BTV = jax.jit(forward_batch)(params, ids[:, :-1], no_padding)
-        ids[:, t + 1] = jax.random.categorical(k, logits_BTV[:, t] / TEMPERATURE)
+        ids[:, t + 1] = jax.random.categorical(jax.random.fold_in(key, t), logits_BTV[:, t] / TEMPERATURE)
     return ["".join((chars + "\n")[i] for i in row).split("\n")[1] for row in ids]  # "\n" for BOS: the first line
 
 

@@ -29,12 +29,12 @@ def encode(doc, chars):
 
 
 def init_params(vocab_size):
-    """All that is learnt: a dict of matrices (out, in)."""
+    """All that is learnt: a dict of matrices (out, in). A generator hides in mx.random, and has a state."""
     shapes = {"wte": (vocab_size, N_EMBD), "wpe": (BLOCK_SIZE, N_EMBD), "lm_head": (vocab_size, N_EMBD)}
     for i in range(N_LAYER):
         shapes |= {f"layer{i}.attn_{w}": (N_EMBD, N_EMBD) for w in ("wq", "wk", "wv", "wo")}
         shapes |= {f"layer{i}.mlp_fc1": (4 * N_EMBD, N_EMBD), f"layer{i}.mlp_fc2": (N_EMBD, 4 * N_EMBD)}
-    return {name: mx.random.normal(shape, scale=INIT_STD) for name, shape in shapes.items()}  # a generator hides in mx
+    return {name: mx.random.normal(shape, scale=INIT_STD) for name, shape in shapes.items()}
 
 
 def rmsnorm(x):
