@@ -45,8 +45,9 @@ $(VENV)/train-$(JAX): requirements_jax.txt | $(VENV)/bin/python
 	$(INSTALL) -r requirements_jax.txt $(if $(filter-out cpu,$(JAX)),"jax[$(JAX)]")
 	@touch $@
 
-$(VENV)/dev-$(JAX): pyproject.toml $(VENV)/train-$(JAX)
+$(VENV)/dev-$(JAX): pyproject.toml microgpt/mlx/requirements.txt $(VENV)/train-$(JAX)
 	$(INSTALL) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
+	@$(INSTALL) -r microgpt/mlx/requirements.txt || echo "no MLX for this machine: tests of microgpt/mlx* will be skipped"
 	@touch $@
 
 .PHONY: help train test check lint clean

@@ -29,10 +29,14 @@ from test_jax_transformer import CheckConfig
 from train_jax import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("data/*/*.md")])
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "data/*/*.md", "microgpt/*.md", "microgpt/*/*.md")
+    for path in ROOT.glob(pattern)
+)
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py", "examples/*.py")
+    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py", "examples/*.py", "microgpt/*/main.py")
     for path in ROOT.glob(pattern)
 )
 CONFIGS: dict[str, Any] = {
