@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,26 @@ def abstract(arrays):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
 
 
+ABOUT: dict[str, Any] = {  # the least that meta may hold
+    "config": {"seed": 1},
+    "model": {
+        "n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 7, "dropout": 0.0, "bias": False,
+        "gelu": "erf", "dtype": "float32",
+    },
+    "codec": {"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"},
+    "best_val_loss": None,
+    "evaluated_at": 3,
+    "wandb_run_id": "abc",
+    "bad_steps": 0,
+    "devices": None,
+}  # fmt: skip
+
+
 def save_steps(out_dir: Path, steps: dict[int, bool], keep: int = 2) -> None:
     """steps: step -> is it the best so far."""
     saver = Saver(out_dir, keep)
     for step, is_best in steps.items():
-        saver.save(step, tree(step), optimizer_state(step), {"note": f"step {step}"}, is_best=is_best)
+        saver.save(step, tree(step), optimizer_state(step), ABOUT | {"best_val_loss": step / 2}, is_best=is_best)
     saver.close()
 
 
@@ -78,8 +94,8 @@ def test_parameters_can_be_restored_alone_from_latest_and_best(out_dir):
 
 
 def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
-    assert read_meta(find(out_dir)[0]) == {"schema": 1, "step": 7, "note": "step 7"}
-    assert json.loads((out_dir / "best/3/meta/metadata").read_text())["note"] == "step 3"
+    assert read_meta(find(out_dir)[0]) == ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "best_val_loss": 3.5}
+    assert jax_checkpoint.best_val_loss(out_dir) == 1.5
 
 
 def test_a_relative_directory_works(tmp_path, monkeypatch):
@@ -91,7 +107,7 @@ def test_a_relative_directory_works(tmp_path, monkeypatch):
 def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
     consume = jax.jit(lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0)
     params, saver = tree(5), Saver(tmp_path, 2)
-    saver.save(5, params, optimizer_state(5), {}, is_best=False)
+    saver.save(5, params, optimizer_state(5), ABOUT, is_best=False)
     params = consume(params)
     saver.close()
     assert equal(restore(find(tmp_path)[0], {"params": abstract(tree(5))})["params"], tree(5))
@@ -244,13 +260,22 @@ def test_another_shape_dtype_or_tree_is_refused_by_name(out_dir):
 
 
 def test_another_schema_or_step_in_meta_is_refused(out_dir):
-    path = out_dir / "checkpoints/7/meta/metadata"
-    path.write_text(json.dumps({"schema": 2, "step": 7}))
-    with pytest.raises(CheckpointError, match="has schema 2; this version reads 1"):
+    path, newer = out_dir / "checkpoints/7/meta/metadata", jax_checkpoint.SCHEMA + 1
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"schema": newer}))
+    with pytest.raises(CheckpointError, match=f"has schema {newer}, and this version reads 1 to .*; a newer version"):
         read_meta(path.parents[1])
-    path.write_text(json.dumps({"schema": 1, "step": 8}))
+    path.write_text(json.dumps(meta | {"step": 8}))
     with pytest.raises(CheckpointError, match="is of step 8, but its folder is 7"):
         read_meta(path.parents[1])
+
+
+def test_meta_of_the_first_schema_is_read_as_today_s(out_dir):
+    path = out_dir / "checkpoints/7/meta/metadata"
+    today = read_meta(path.parents[1])
+    first = {key: value for key, value in today.items() if key not in ("bad_steps", "devices")} | {"schema": 1}
+    path.write_text(json.dumps(first))
+    assert read_meta(path.parents[1]) == today  # no update was skipped in that run, and no devices were noted
 
 
 def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, monkeypatch):
@@ -260,7 +285,7 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(jax_checkpoint, "write_manifest", disk_full)
-    saver.save(1, tree(1), optimizer_state(1), {}, is_best=False)
+    saver.save(1, tree(1), optimizer_state(1), ABOUT, is_best=False)
     with pytest.raises(SaveError, match="No space left on device"):
         saver.wait()
     saver.close()

@@ -163,7 +163,10 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines() == ["stopped at once; nothing was saved since the last checkpoint"]
+    assert errors.splitlines() == [
+        "SIGINT: stopping after this step; Ctrl-C (again) stops at once",
+        "stopped at once; nothing was saved since the last checkpoint",
+    ]
     assert fingerprints(finished / "checkpoints") == before
 
 
