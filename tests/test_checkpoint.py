@@ -3,9 +3,13 @@
 python -m pytest tests/test_checkpoint.py
 """
 
+import dataclasses
+import importlib.util
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import configurator
 import jax_checkpoint
 from jax_checkpoint import CheckpointError, SaveError, Saver, find, find_fault, read_meta, restore
 from jax_train_utils import make_mesh, replicated
@@ -290,3 +297,100 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
         saver.wait()
     saver.close()
     assert not jax_checkpoint.holds_run(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# upgrades, and what only looks like a checkpoint
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+def test_run_of_a_released_version_goes_on_with_the_losses_it_had_then(tmp_path, environment):
+    spec = importlib.util.spec_from_file_location("golden_run", FIXTURES / "golden_run.py")
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    recipe.write_data(tmp_path)
+    shutil.copytree(FIXTURES / "golden_run", tmp_path / "out")
+    expected = json.loads((tmp_path / "out/losses.json").read_text())
+    resume = ("--init_from=resume", "--out_dir=out", f"--max_iters={recipe.STEPS + recipe.MORE}")
+    done = subprocess.run(
+        [sys.executable, str(FIXTURES.parents[1] / "train_jax.py"), *resume],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming training from out/checkpoints/{recipe.STEPS}\n" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    losses = {str(r["iter"]): r["loss"] for r in records if "loss" in r}
+    assert len(losses) == recipe.STEPS + recipe.MORE
+    assert losses == pytest.approx(expected, rel=1e-5)  # another processor rounds otherwise
+
+
+def test_two_hundred_random_damages_are_all_found_and_the_step_before_is_used(out_dir):
+    newest, rng = out_dir / "checkpoints" / "7", random.Random(20)
+    for count in range(200):
+        path = rng.choice(files_of(newest))
+        original, damage = path.read_bytes(), rng.choice([flip_a_bit, truncate, delete])
+        damage(path, rng)
+        step_dir, skipped = find(out_dir)
+        assert step_dir.name == "3", f"damage {count}, {damage.__name__} of {path.name}, went unnoticed"
+        assert len(skipped) == 1
+        path.write_bytes(original)
+    assert find(out_dir) == (newest, [])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def reseal(step_dir: Path, content: bytes) -> None:
+    (step_dir / "meta/metadata").write_bytes(content)
+    (step_dir / "MANIFEST.json").unlink()
+    jax_checkpoint.write_manifest(step_dir)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch, data):
+    """Any value in any place of meta: read, or refused with a line; and so for the options that are taken from it."""
+    import train_jax
+
+    step_dir = out_dir / "checkpoints/7"
+    good = ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "config": dataclasses.asdict(train_jax.TrainConfig())}
+    meta: dict[str, Any] = json.loads(json.dumps(good))
+    where = data.draw(st.sampled_from([None, "config", "model", "codec"]))
+    inside = meta if where is None else meta[where]
+    for key in data.draw(st.sets(st.sampled_from(sorted(inside)) | st.text(max_size=5), min_size=1, max_size=3)):
+        inside[key] = data.draw(json_values)
+    reseal(step_dir, json.dumps(meta).encode())
+    assert find(out_dir)[0] == step_dir
+    monkeypatch.setattr(sys, "argv", ["train_jax.py", "--init_from=resume"])
+    try:
+        options, _ = train_jax.inherit_options(step_dir, read_meta(step_dir))
+    except (CheckpointError, configurator.ConfigError) as error:
+        assert "\n" not in str(error)
+    else:
+        kinds = {f.name: type(getattr(train_jax.TrainConfig(), f.name)) for f in dataclasses.fields(options)}
+        assert all(type(getattr(options, name)) is kind for name, kind in kinds.items())
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"7", b"{}", b'{"schema": true}', b"\xff", b"[" * 100_000])
+def test_meta_that_is_no_object_is_one_line(out_dir, content):
+    reseal(out_dir / "checkpoints/7", content)
+    with pytest.raises(CheckpointError, match="meta/metadata"):
+        read_meta(find(out_dir)[0])
+
+
+def test_model_of_meta_is_gptconfig():
+    from jax_transformer import GPTConfig
+
+    assert set(jax_checkpoint.MODEL_TYPES) == {field.name for field in dataclasses.fields(GPTConfig)}
+    assert all(type(field.default) in jax_checkpoint.MODEL_TYPES[field.name] for field in dataclasses.fields(GPTConfig))
+
+
+def test_meta_of_the_trainer_has_what_read_meta_asks_for_and_nothing_else(finished):
+    meta = read_meta(find(finished)[0])
+    assert set(meta) == {*jax_checkpoint.META_TYPES, "schema"}

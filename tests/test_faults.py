@@ -42,15 +42,16 @@ def leftovers(out_dir: Path) -> list[str]:
 
 @pytest.fixture
 def start(workdir: Path, environment: dict[str, str]) -> Iterator:
-    """start('tiny.py', ...): the trainer, left running; what it prints in `printed`, complaints in `complaints`."""
+    """start('tiny.py', ...): the trainer, left running; its stdout is a pipe, its stderr workdir/complaints."""
     started = []
 
-    def start_trainer(*args: str, command: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *(command or (str(ROOT / "train_jax.py"),)), *args],
-            cwd=workdir, env=environment | env, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=open(workdir / "complaints", "w"),
-        )  # fmt: skip
+    def start_trainer(*args: str) -> subprocess.Popen[str]:
+        with open(workdir / "complaints", "w") as complaints:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_jax.py"), *args],
+                cwd=workdir, env=environment, text=True, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=complaints,
+            )  # fmt: skip
         started.append(process)
         return process
 

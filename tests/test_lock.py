@@ -186,7 +186,7 @@ def test_second_trainer_is_refused_readers_are_not_and_a_killed_one_is_taken_ove
         (error,) = refused.stderr.splitlines()
         assert error.startswith(f"error: out_dir=finished is being written by process {trainer.pid} on host {HERE}, ")
     run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=finished")
-    run("sample_jax.py", "--out_dir=finished", "--device=cpu", "--num_samples=1", "--max_new_tokens=1")
+    run("sample_jax.py", "--out_dir=finished", "--device=cpu", "--num_samples=1", "--max_new_tokens=1", "--start=the")
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
     trainer.kill()
     trainer.wait()
