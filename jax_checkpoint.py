@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -284,7 +286,7 @@ class Saver:
 
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
         self.keep = keep
-        logging.getLogger("absl").addFilter(_not_of_a_failed_save)
+        _leave_failures_to_us()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._sealing: tuple[int, Future] | None = None
@@ -378,9 +380,22 @@ class Saver:
             self._orbax.close()
 
 
-def _not_of_a_failed_save(record: logging.LogRecord) -> bool:
-    """orbax logs a traceback for what it also raises; the SaveError is the one line that a person gets."""
+def _leave_failures_to_us() -> None:
+    """A SaveError is the one line that a person gets: orbax, asyncio and tensorstore print tracebacks for the same."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_has_no_traceback)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # given up at the first error
+    sys.unraisablehook = _all_but_late_answers
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
     return record.exc_info is None
+
+
+def _all_but_late_answers(unraisable: Any) -> None:
+    """sys.unraisablehook without what tensorstore tells an event loop that orbax has closed at the first error."""
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _remove_step(step_dir: Path) -> None:

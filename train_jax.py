@@ -488,7 +488,9 @@ def main() -> int:
         finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step
         exit_code = EXIT_STOPPED if stop.signal and not finished else 0
         if last_save_failed:
-            jax_run_log.complain("error: the last save failed. Make room and go on from that step: --init_from=resume")
+            jax_run_log.complain(
+                "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+            )
             exit_code = EXIT_MACHINE_FAILED
     except DivergenceError as error:
         jax_run_log.complain(f"error: {error}")
