@@ -25,6 +25,9 @@ test: $(VENV)/dev-$(JAX)  ## the whole test suite
 check: $(VENV)/train-$(JAX)  ## a self check in under a minute
 	$(BIN)/python test_jax_transformer.py
 
+torture: $(VENV)/dev-$(JAX)  ## kill a run fifty times, demand the very run never killed (2 CPU cores: 8 minutes)
+	$(BIN)/python tests/torture.py --kills=50
+
 lint: $(VENV)/dev-$(JAX)  ## ruff and mypy
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
@@ -50,4 +53,4 @@ $(VENV)/dev-$(JAX): pyproject.toml microgpt/mlx/requirements.txt $(VENV)/train-$
 	@$(INSTALL) -r microgpt/mlx/requirements.txt || echo "no MLX for this machine: tests of microgpt/mlx* will be skipped"
 	@touch $@
 
-.PHONY: help train test check lint clean
+.PHONY: help train test check torture lint clean

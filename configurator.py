@@ -195,6 +195,12 @@ def coerce(source: str, key: str, value: Any, kind: Kind) -> Any:
     raise ConfigError(f"{source}: {key} must be {kind}, not {value!r}")
 
 
+def checked(config_class: type["DataclassInstance"], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values of options, by name, that something else than a person wrote. Raises ConfigError naming the source."""
+    kinds = {key: kind_of(hint) for key, hint in _field_hints(config_class).items()}
+    return {key: coerce(source, key, value, kinds[key]) for key, value in values.items()}
+
+
 def unknown_key(source: str, key: str, kinds: Mapping[str, Kind], hint: str = "") -> ConfigError:
     near = difflib.get_close_matches(key.lower(), kinds, 1, cutoff=0.5)
     advice = f"did you mean {near[0]!r}?" if near else "--help lists them all"

@@ -10,14 +10,38 @@ verifying and reading `meta` need neither orbax nor jax, so that a bad command l
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1  # of the folder layout and of `meta`; a change of either raises it and migrates
+SCHEMA = 2  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
 MANIFEST = "MANIFEST.json"
+
+# What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
+META_TYPES: dict[str, tuple[type | None, ...]] = {
+    "step": (int,),
+    "config": (dict,),  # every option of the run; the trainer checks each
+    "model": (dict,),
+    "codec": (dict,),  # as in a data set's meta.json; jax_data.check_meta knows it
+    "best_val_loss": (float, int, None),
+    "evaluated_at": (int, None),
+    "wandb_run_id": (str, None),
+    "bad_steps": (int,),
+    "devices": (str, None),
+}
+# GPTConfig's fields; not taken from there, since that would import jax
+MODEL_TYPES: dict[str, tuple[type | None, ...]] = {
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), (int,)),
+    "dropout": (float, int),
+    "bias": (bool,),
+    "gelu": (str,),
+    "dtype": (str,),
+}
 
 
 class CheckpointError(Exception):
@@ -25,7 +49,12 @@ class CheckpointError(Exception):
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written: the machine failed, not the user."""
+    """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good."""
+
+    def __init__(self, step_dir: Path, cause: BaseException):
+        said = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+        super().__init__(f"saving checkpoint {step_dir} failed: {' '.join(said.split())[:500]}")
+        self.step = int(step_dir.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +114,7 @@ def find_fault(step_dir: Path) -> str | None:
         return f"it has no {MANIFEST}, so its save never finished"
     except OSError as error:
         return f"it cannot be read ({error})"
-    except (ValueError, KeyError, TypeError):  # not JSON, or JSON of another form
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not JSON, or JSON of another form
         return f"{MANIFEST} is damaged"
     return None
 
@@ -99,6 +128,12 @@ def _steps(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
+
+
+def sealed_steps(out_dir: Path) -> list[int]:
+    """The steps of checkpoints/ that were saved to their end, newest first; whether they verify is another question."""
+    root = Path(out_dir) / "checkpoints"
+    return [step for step in _steps(root) if (root / str(step) / MANIFEST).exists()]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -146,17 +181,48 @@ def find(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
 
 
 def read_meta(step_dir: Path) -> dict[str, Any]:
-    """What was saved beside the arrays: step, config, codec, best_val_loss, wandb run id, schema version."""
+    """What was saved beside the arrays, in the form of today's schema: META_TYPES. Raises CheckpointError."""
     path = step_dir / "meta" / "metadata"  # where orbax's JSON handler puts it
     try:
         meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if meta.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} has schema {meta.get('schema')}; this version reads {SCHEMA}")
+    if not isinstance(meta, dict) or type(meta.get("schema")) is not int:
+        raise CheckpointError(f"{path} is not a checkpoint's: it has no schema number")
+    if not 1 <= meta["schema"] <= SCHEMA:
+        newer = "; a newer version of this program wrote it" if meta["schema"] > SCHEMA else ""
+        raise CheckpointError(f"{path} has schema {meta['schema']}, and this version reads 1 to {SCHEMA}{newer}")
+    meta = migrate(meta)
+    _check_types(path, meta, META_TYPES)
+    _check_types(path, meta["model"], MODEL_TYPES)
+    model = meta["model"]
+    sizes = [model[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
+    if set(model) != set(MODEL_TYPES) or min(sizes) < 1 or model["n_embd"] % model["n_head"]:
+        raise CheckpointError(f"{path} is not a checkpoint's: there is no model {json.dumps(model)[:200]}")
     if str(meta["step"]) != step_dir.name:
         raise CheckpointError(f"{path} is of step {meta['step']}, but its folder is {step_dir.name}")
     return meta
+
+
+def migrate(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` of any schema since 1 in the form of SCHEMA, one step after the other. Pure."""
+    if meta["schema"] == 1:  # before updates could be skipped, and before a change of devices was told
+        meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
+    return meta
+
+
+def _check_types(path: Path, values: dict[str, Any], types: dict[str, tuple[type | None, ...]]) -> None:
+    for key, allowed in types.items():
+        kind = None if values.get(key) is None else type(values[key])
+        if key not in values or kind not in allowed or (kind is int and values[key] < 0):
+            shown = json.dumps(values[key])[:40] if key in values else "missing"
+            raise CheckpointError(f"{path} is not a checkpoint's: {key} is {shown}")
+
+
+def best_val_loss(out_dir: Path) -> float | None:
+    """The validation loss of what best/ holds, if anything that verifies."""
+    best_dir = newest_good(out_dir / "best")[0]
+    return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,26 +279,25 @@ def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
 
 
 class Saver:
-    """Saves in the background, one at a time. An error of a save comes out of the next call of any method."""
+    """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError."""
 
     def __init__(self, out_dir: Path, keep: int):
         import orbax.checkpoint as ocp
 
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
         self.keep = keep
+        _leave_failures_to_us()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
-        self._sealing: Future | None = None
+        self._sealing: tuple[int, Future] | None = None
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
-            unsealed = [root / str(step) for step in _steps(root) if not (root / str(step) / MANIFEST).exists()]
-            for leftover in [*root.glob("*.orbax-checkpoint-tmp*"), *unsealed]:  # a kill in the middle of a save
-                shutil.rmtree(leftover)
+        self._remove_leftovers()  # of a kill in the middle of a save
 
     def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool) -> None:
         """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step.
 
-        Raises SaveError, also for the save before this one.
+        Raises SaveError if it cannot even be started, or if the save before it failed and nobody has asked (`wait`).
         """
         import orbax.checkpoint as ocp
 
@@ -245,21 +310,26 @@ class Saver:
         try:
             self._orbax.save(self.root / str(step), args=args, force=True)
         except Exception as error:  # orbax has no common base class for its errors
-            raise SaveError(f"checkpoint {self.root / str(step)} could not be written: {error}") from error
-        self._sealing = self._sealer.submit(self._seal, step, is_best)
+            self._remove_leftovers()
+            raise SaveError(self.root / str(step), error) from error
+        self._sealing = step, self._sealer.submit(self._seal, step, is_best)
 
     def copy_to_best(self, step: int) -> None:
         """Make best/ a copy of a step saved before."""
         self.wait()
-        self._sealing = self._sealer.submit(self._copy_to_best, self.root / str(step))
+        self._sealing = step, self._sealer.submit(self._copy_to_best, self.root / str(step))
 
     def _seal(self, step: int, is_best: bool) -> None:
-        self._orbax.wait_until_finished()
         step_dir = self.root / str(step)
-        # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
-        if is_best:
-            self._copy_to_best(step_dir)
-        write_manifest(step_dir)
+        try:
+            self._orbax.wait_until_finished()
+            # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
+            if is_best:
+                self._copy_to_best(step_dir)
+            write_manifest(step_dir)
+        except BaseException:
+            self._remove_leftovers()  # a full disk needs the room
+            raise
         # What is newer than the step just saved was found damaged: it is no reason to remove a good one.
         older = [s for s in _steps(self.root) if s <= step]
         for old in older[self.keep :]:
@@ -268,8 +338,12 @@ class Saver:
     def _copy_to_best(self, step_dir: Path) -> None:
         """A second copy on disk rather than a link: what damages one leaves the other."""
         target, temporary = self.best / step_dir.name, self.best / f"{step_dir.name}.orbax-checkpoint-tmp"
-        shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
-        write_manifest(temporary)
+        try:
+            shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
+            write_manifest(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if target.exists():
             _remove_step(target)
         temporary.rename(target)
@@ -277,15 +351,24 @@ class Saver:
             if old != int(step_dir.name):
                 _remove_step(self.best / str(old))
 
+    def _remove_leftovers(self) -> None:
+        """Remove what was not saved to its end. Only while no save is under way."""
+        for root in (self.root, self.best):
+            unsealed = [root / str(step) for step in _steps(root) if not (root / str(step) / MANIFEST).exists()]
+            for leftover in [*root.glob("*.orbax-checkpoint-tmp*"), *unsealed]:
+                shutil.rmtree(leftover, ignore_errors=True)  # it does not count: no reason to fail
+
     def wait(self) -> None:
-        """Until the save under way is sealed. Raises SaveError if it failed."""
-        sealing, self._sealing = self._sealing, None
-        if sealing is not None and (error := sealing.exception()) is not None:
-            raise SaveError(f"a checkpoint could not be written to {self.root}: {error}") from error
+        """Until the save under way is sealed. Raises SaveError, once, if it failed."""
+        if self._sealing is None:
+            return
+        (step, sealing), self._sealing = self._sealing, None
+        if (error := sealing.exception()) is not None:
+            raise SaveError(self.root / str(step), error) from error
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile; never waits."""
-        if self._sealing is not None and self._sealing.done():
+        if self._sealing is not None and self._sealing[1].done():
             self.wait()
 
     def close(self) -> None:
@@ -295,6 +378,24 @@ class Saver:
         finally:
             self._sealer.shutdown()
             self._orbax.close()
+
+
+def _leave_failures_to_us() -> None:
+    """A SaveError is the one line that a person gets: orbax, asyncio and tensorstore print tracebacks for the same."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_has_no_traceback)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # given up at the first error
+    sys.unraisablehook = _all_but_late_answers
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
+
+
+def _all_but_late_answers(unraisable: Any) -> None:
+    """sys.unraisablehook without what tensorstore tells an event loop that orbax has closed at the first error."""
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _remove_step(step_dir: Path) -> None:

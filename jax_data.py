@@ -255,32 +255,49 @@ def get_batch(
     (row i is a crop anywhere in the i-th of batch_size equal stretches: for evaluations, which it makes less noisy).
     With vocab_size the ids are checked: of a huge file, check_dataset looks at parts only. Raises DataError.
     """
+    starts_B = batch_starts(
+        data_dir, split, step, seed=seed, batch_size=batch_size, block_size=block_size, sampling=sampling
+    )
+    rows_BW = _windows_of(data_dir, split, block_size)[starts_B]
+    if vocab_size is not None and rows_BW.max() >= vocab_size:
+        raise DataError(f"{data_dir}: a token id in the {split} data is {rows_BW.max()}, not below {vocab_size}")
+    return rows_BW[:, :-1].astype(np.int32), rows_BW[:, 1:].astype(np.int32)
+
+
+def batch_starts(
+    data_dir: str | Path,
+    split: str,
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    block_size: int,
+    sampling: str = "random",
+) -> np.ndarray:
+    """Where the rows of `get_batch`, given the same arguments, begin in the token file: (B,) int64, in tokens."""
     if split not in STREAMS or sampling not in ("random", "epoch", "spread"):
         raise ValueError(f"split {split!r} or sampling {sampling!r} is unknown")
     if not (0 <= seed < 2**32 and step >= 0 and batch_size >= 1 and block_size >= 1):
         raise ValueError(
             f"seed={seed} (0 to 2**32 - 1), {step=} (0 or more), {batch_size=} or {block_size=} (1 or more)"
         )
-    windows_NW = _token_windows(Path(data_dir) / ("val.bin" if split == "val" else "train.bin"), block_size + 1)
+    windows = len(_windows_of(data_dir, split, block_size))
     if sampling in ("random", "spread"):
         # raw bits, since numpy keeps them the same for ever, which it does not promise of its distributions
         raw_B = np.random.Philox(key=[seed ^ (STREAMS[split] << 32), step]).random_raw(batch_size)
         where_B = (raw_B >> 11) * 2.0**-53
         if sampling == "spread":
             where_B = (np.arange(batch_size) + where_B) / batch_size
-        starts_B = np.minimum(where_B * len(windows_NW), len(windows_NW) - 1).astype(np.int64)
+        starts_B = np.minimum(where_B * windows, windows - 1).astype(np.int64)
     else:
-        blocks = (len(windows_NW) + block_size - 1) // block_size
+        blocks = (windows + block_size - 1) // block_size
         rows_B = np.arange(step * batch_size, (step + 1) * batch_size)
         starts_B = np.empty(batch_size, np.int64)
         for epoch in range(rows_B[0] // blocks, rows_B[-1] // blocks + 1):  # a batch may lie across several
             here_B = rows_B // blocks == epoch
             order = _epoch_order(seed ^ ((STREAMS[split] + EPOCH_STREAM) << 32), epoch, blocks)
             starts_B[here_B] = order[rows_B[here_B] % blocks] * block_size
-    rows_BW = windows_NW[starts_B]
-    if vocab_size is not None and rows_BW.max() >= vocab_size:
-        raise DataError(f"{data_dir}: a token id in the {split} data is {rows_BW.max()}, not below {vocab_size}")
-    return rows_BW[:, :-1].astype(np.int32), rows_BW[:, 1:].astype(np.int32)
+    return starts_B
 
 
 @lru_cache(maxsize=4)  # two epochs each for training and for an evaluation; 8 bytes a block
@@ -288,8 +305,9 @@ def _epoch_order(stream: int, epoch: int, blocks: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[stream, epoch]).random_raw(blocks), kind="stable")
 
 
-def _token_windows(path: Path, width: int) -> np.ndarray:
-    """Every run of `width` tokens of a file, as rows of a view (N, width) of its memory map."""
+def _windows_of(data_dir: str | Path, split: str, block_size: int) -> np.ndarray:
+    """Every run of block_size + 1 tokens of a split, as rows of a view (N, block_size + 1) of its memory map."""
+    path, width = Path(data_dir) / ("val.bin" if split == "val" else "train.bin"), block_size + 1
     dtype = _read_dtype(path.parent, _fingerprint(path.parent / "meta.json"))
     return _map_windows(path, dtype, width, _fingerprint(path))
 

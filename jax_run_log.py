@@ -4,6 +4,7 @@ The console lines are nanoGPT's, with additions at their end, so that scripts wh
 metrics.jsonl is the record that survives a kill: one JSON object a line, on the disk before a checkpoint is sealed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import textwrap
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise ValueError('not an object with an integer "iter"')
             if any(value is not None and type(value) not in (int, float) for value in record.values()):
                 raise ValueError("a value that is not a number")
-        except ValueError as error:  # bad JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors too
             if number == len(lines):
                 break
             raise MetricsError(f"{path}, line {number}: {error}; remove that line to go on") from None
@@ -104,14 +105,23 @@ def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
         is_evaluation = "val/loss" in record
         if record["iter"] < step or (is_evaluation and record["iter"] == step):
             kept[is_evaluation, record["iter"]] = record
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.writelines(_json_line(record) for record in kept.values())
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-    _fsync_dir(path.parent)
+    replace_file(path, "".join(_json_line(record) for record in kept.values()))
     return list(kept.values())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole: a kill or a full disk leaves the old one. Raises OSError."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
+    _fsync_dir(path.parent)
 
 
 def _json_line(record: dict[str, Any]) -> str:
@@ -150,26 +160,35 @@ class RunLog:
         self.seconds = 0.0  # per iteration, running mean
         self.mfu: float | None = None  # percent, running mean
         self.bar: tqdm | None = None
+        self.disk_is_full = self.console_is_gone = False
         # A resumed wandb run remembers how far it came, which may be further than our newest checkpoint.
         self.wandb_step = getattr(self.wandb_run, "starting_step", 0)
         if self.wandb_step > self.first_iter + 1:
             self.say(f"wandb: has this run up to iteration {self.wandb_step - 1} already and goes on from there")
         self.last_evaluation: int | None = None  # the newest on file: a resumed run need not repeat it
-        self.file: TextIO | None = None
+        self.file: BinaryIO | None = None
+        self.unwritten = b""  # lines that metrics.jsonl could not take yet
         if self.out_dir is not None:
             path = self.out_dir / "metrics.jsonl"
             kept = [] if self.resume_step is None else trim_metrics(path, self.resume_step)
             self.last_evaluation = max((r["iter"] for r in kept if "val/loss" in r), default=None)
-            self.file = open(path, "w" if self.resume_step is None else "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(path, "wb" if self.resume_step is None else "ab", buffering=0)  # noqa: SIM115
             _fsync_dir(self.out_dir)
 
     def say(self, line: str) -> None:
-        """Print a line, above the progress bar where there is one."""
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        """Print a line, above the progress bar where there is one. A console that fails does not stop a run."""
+        if self.console_is_gone:
+            return
+        try:
+            if self.bar is None:
+                print(line, flush=True)
+            else:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+        except OSError as error:  # a pipe that was closed, a full disk under `> log.txt`
+            self.console_is_gone = True
+            _silence_stdout()
+            complain(f"warning: nothing more is printed ({_one_line(error)}); the run goes on")
 
     def iteration(self, iter: int, loss: float, lr: float, grad_norm: float, seconds_per_iter: float) -> None:
         """Log iteration `iter`; the time is the mean per iteration since the last one logged."""
@@ -206,18 +225,46 @@ class RunLog:
         self._record({"iter": iter, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": self.mfu})
 
     def sync(self) -> None:
-        """Bring metrics.jsonl to the disk: called before a checkpoint is sealed, which vouches for what came before."""
-        if self.file is not None:
-            self.file.flush()
+        """Bring metrics.jsonl to the disk: called before a checkpoint is sealed, which vouches for what came before.
+
+        Where the disk does not take it, the lines stay in memory until it does: weights matter more than their log.
+        """
+        if self.file is None:
+            return
+        self._write(b"")
+        with contextlib.suppress(OSError):  # of a network disk that is full: told when a line cannot be written
             os.fsync(self.file.fileno())
 
-    def close(self, exit_code: int = 0) -> None:
-        """End the bar, the file and the wandb run, which shows as failed where the exit code is not 0."""
+    def _write(self, line: bytes) -> None:
+        """Append to metrics.jsonl, after what it could not take before."""
+        assert self.file is not None
+        self.unwritten += line
+        try:
+            while self.unwritten:  # unbuffered: a kill may tear this line, but none before it
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) or 0 :]
+        except OSError as error:
+            if not self.disk_is_full:
+                self.disk_is_full = True
+                complain(f"error: metrics.jsonl cannot be written ({error}); its lines wait in memory, the run goes on")
+        else:
+            if self.disk_is_full:
+                self.disk_is_full = False
+                self.say("metrics.jsonl can be written again, and has all its lines")
+
+    def close(self, exit_code: int = 0) -> int:
+        """End the bar, the file and the wandb run, which shows as failed where the exit code is not 0.
+
+        Returns the exit code: 1 instead of 0 where metrics.jsonl lacks lines.
+        """
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         if self.file is not None:
             self.sync()
+            if self.unwritten:
+                lines = self.unwritten.count(b"\n")
+                complain(f"error: the last {lines} lines of metrics.jsonl could not be written")
+                exit_code = exit_code or 1
             self.file.close()
             self.file = None
         if self.wandb_run is not None:
@@ -226,11 +273,11 @@ class RunLog:
             except Exception as error:  # noqa: BLE001  whatever it is, the run itself is done and saved
                 self.say(f"wandb: could not finish ({_one_line(error)})")
             self.wandb_run = None
+        return exit_code
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(_json_line(record))
-            self.file.flush()  # a kill may tear this line, but none before it
+            self._write(_json_line(record).encode())
         # wandb merges what it gets for one step into one row (the evaluation at k, iteration k), and it drops, with a
         # warning each, what lies before the step it has reached: that it has already, from before the resume.
         step = record["iter"]
@@ -243,6 +290,19 @@ class RunLog:
         except Exception as error:  # noqa: BLE001  a broken logger must not stop a run
             self.wandb_run = None
             self.say(f"wandb: off for the rest of this run ({_one_line(error)}); metrics.jsonl has everything")
+
+
+def complain(line: str) -> None:
+    """A line on stderr, where that can still be written."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _silence_stdout() -> None:
+    """Have what is printed from now on, and what is still in its buffer, go nowhere: Python fails on it at the end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def _duration(seconds: float) -> str:

@@ -208,13 +208,15 @@ def test_accumulation_equals_the_full_batch():
 
 def test_checkpoint_comes_back_bit_for_bit():
     state, mesh = fresh_state(), utils.make_mesh(jax.devices()[:1])
+    about: dict = {"config": {}, "model": dataclasses.asdict(SMALL), "codec": {}, "best_val_loss": None}
+    about |= {"evaluated_at": None, "wandb_run_id": None, "bad_steps": 0, "devices": None}
     with tempfile.TemporaryDirectory() as folder:
         saver = jax_checkpoint.Saver(Path(folder), keep=1)
-        saver.save(7, state.params, state.opt_state, {"note": "a self check"}, is_best=False)
+        saver.save(7, state.params, state.opt_state, about, is_best=False)
         saver.close()
         step_dir, skipped = jax_checkpoint.find(Path(folder))
         assert not skipped, skipped
-        assert jax_checkpoint.read_meta(step_dir)["note"] == "a self check", "the meta data did not come back"
+        assert jax_checkpoint.read_meta(step_dir)["model"] == about["model"], "the meta data did not come back"
         wanted = utils.abstract_state(SMALL, OPTIMIZER, mesh)
         restored = jax_checkpoint.restore(step_dir, {"params": wanted.params, "opt_state": wanted.opt_state})
     back = utils.TrainState(**restored)

@@ -9,15 +9,16 @@ python train_jax.py config/train_gpt2.py --wandb_log=True             GPT-2 (124
 python train_jax.py config/train_gpt2.py --print_config=True          where does each value come from?
 """
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ import numpy as np
 import configurator
 import jax_checkpoint
 import jax_data
+import jax_lock
 import jax_run_log
 import jax_weights
 from configurator import Between, ConfigError
@@ -43,6 +45,7 @@ class TrainConfig:
 
     out_dir: str = "out_jax"  # where the run lives: config.json, metrics.jsonl, checkpoints/, best/
     eval_interval: AtLeast1 = 2000  # iterations between evaluations (and checkpoints)
+    save_interval: AtLeast0 = 0  # iterations between further checkpoints; 0: only with evaluations
     log_interval: AtLeast1 = 1  # iterations between log lines
     eval_iters: AtLeast1 = 200  # batches per split in an evaluation
     eval_only: bool = False  # evaluate once, print, exit; nothing is written
@@ -76,6 +79,7 @@ class TrainConfig:
     warmup_iters: AtLeast0 = 2000  # iterations of linear warm-up
     lr_decay_iters: AtLeast0 = 600_000  # where the cosine ends; about max_iters
     min_lr: NonNegative = 6e-5  # the floor; about learning_rate / 10
+    skip_bad_steps: AtLeast0 = 0  # updates in a run that may be skipped because loss or gradient is not finite
     seed: Annotated[int, Between(0, below=2**32)] = 1337  # weights, batches and dropout all follow from it
     device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16, on a CPU float32
@@ -88,6 +92,7 @@ NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
 EVAL_SEED = 1337  # whatever --seed: runs of several seeds are compared on the same rows
 
+SHOWN_ROWS = 16  # of a batch that diverged
 EXIT_MACHINE_FAILED, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 3, 75, 130  # 2 is bad usage or bad input
 
 
@@ -106,6 +111,7 @@ class Progress:
     best_val_loss: float | None = None
     evaluated_at: int | None = None  # the step of the last evaluation
     wandb_run_id: str | None = None
+    bad_steps: int = 0  # updates skipped because loss or gradient was not finite
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +156,8 @@ def inherit_options(step_dir: Path, meta: dict[str, Any]) -> tuple[TrainConfig, 
     Raises ConfigError if one given now contradicts the model in the checkpoint.
     """
     names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in NEVER_INHERITED]
-    saved = dataclasses.replace(TrainConfig(), **{key: meta["config"][key] for key in names if key in meta["config"]})
+    there = {key: meta["config"][key] for key in names if key in meta["config"]}
+    saved = dataclasses.replace(TrainConfig(), **configurator.checked(TrainConfig, there, f"{step_dir}/meta"))
     config, sources = configurator.parse_with_sources(TrainConfig, default=saved, quiet=True)
     for key in names:
         before, now = getattr(saved, key), getattr(config, key)
@@ -230,6 +237,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+
+    def listen(self) -> None:
         signal.signal(signal.SIGTERM, self._request)
         signal.signal(signal.SIGINT, self._request)
 
@@ -238,6 +247,7 @@ class StopRequest:
             os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
             os._exit(EXIT_INTERRUPTED)
         self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
+        os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
 
 
 def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
@@ -270,6 +280,12 @@ def main() -> int:
     config, sources = configurator.parse_with_sources(TrainConfig)
     out_dir = Path(config.out_dir)
     meta = None
+    stop = StopRequest()
+    if not (config.eval_only or config.print_config):
+        jax_lock.check(out_dir)
+        if config.init_from == "resume":  # all there is is saved already, so that a signal can be answered with 75
+            stop.listen()
+    steps_there = jax_checkpoint.sealed_steps(out_dir)
     if config.init_from == "resume":
         step_dir, skipped = jax_checkpoint.find(out_dir, config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="")
@@ -307,10 +323,11 @@ def main() -> int:
         print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
     mesh = utils.make_mesh(devices[: layout.devices])
     dtype = utils.compute_dtype(config.dtype, devices[0])
-    print(
-        f"computing in {dtype} on {layout.devices} x {devices[0].device_kind}, "
-        f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
-    )
+    where = f"{layout.devices} x {devices[0].device_kind}"
+    rows_each = f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
+    print(f"computing in {dtype} on {where}, {rows_each}")
+    if meta is not None and meta["devices"] not in (where, None):
+        print(f"resuming on {where}, which was {meta['devices']}: losses will agree up to rounding, not bit for bit")
 
     # ------------------------------------------------------------------------------------------------------------------
     # model, optimizer, state
@@ -340,9 +357,8 @@ def main() -> int:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
         # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
-        if best_dir := jax_checkpoint.newest_good(out_dir / "best")[0]:
-            losses = [progress.best_val_loss, jax_checkpoint.read_meta(best_dir)["best_val_loss"]]
-            progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
+        losses = [progress.best_val_loss, jax_checkpoint.best_val_loss(out_dir)]
+        progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
     print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
 
     evaluate = make_evaluate(config, model, data_dir, mesh)
@@ -362,10 +378,16 @@ def main() -> int:
     if meta is not None and (out_dir / "metrics.jsonl").exists():
         jax_run_log.read_metrics(out_dir / "metrics.jsonl")  # a damaged log is told before anything is written
     if not config.eval_only:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        atexit.register(jax_lock.acquire(out_dir).release)
+        stop.listen()  # from here on a signal saves, before the first step too
+        if jax_checkpoint.sealed_steps(out_dir) != steps_there:
+            raise jax_lock.LockError(
+                f"another process wrote checkpoints to {out_dir} while this one started; try again"
+            )
         if config.overwrite:
             jax_checkpoint.remove_run(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(options, indent=1) + "\n")
+        jax_run_log.replace_file(out_dir / "config.json", json.dumps(options, indent=1) + "\n")
         if config.wandb_log:
             wandb_run = jax_run_log.start_wandb(
                 options, config.wandb_project, config.wandb_run_name, progress.wandb_run_id, out_dir
@@ -385,15 +407,35 @@ def main() -> int:
         log.evaluation(progress.step, *evaluate(state.params), lr_at(progress.step))
         return 0
 
-    stop = StopRequest()  # from here on a signal saves
     saver = jax_checkpoint.Saver(out_dir, config.keep_checkpoints)
     saved_at = None if meta is None else progress.step
+    last_save_failed = False
+
+    @contextlib.contextmanager
+    def telling_of_a_failed_save() -> Iterator[None]:
+        """The run goes on without that checkpoint; the next save tries again, the last step's in any case."""
+        nonlocal saved_at, last_save_failed
+        try:
+            yield
+        except jax_checkpoint.SaveError as error:
+            saved_at, last_save_failed = None, True
+            # so that the next evaluation better than what best/ really holds is an improvement
+            progress.best_val_loss, progress.evaluated_at = jax_checkpoint.best_val_loss(out_dir), None
+            steps = jax_checkpoint.sealed_steps(out_dir)
+            newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
+            jax_run_log.complain(f"error: {error}. {newest}")
 
     def save(is_best: bool) -> None:
+        nonlocal saved_at, last_save_failed
+        with telling_of_a_failed_save():
+            saver.wait()  # for the one before
         log.say(f"saving checkpoint to {out_dir}")
         log.sync()  # a checkpoint of step k promises that the log up to k is on disk
-        about = {"config": options, "model": dataclasses.asdict(model), "codec": codec, **dataclasses.asdict(progress)}
-        saver.save(progress.step, state.params, state.opt_state, about, is_best=is_best)
+        about = {"config": options, "model": dataclasses.asdict(model), "codec": codec, "devices": where}
+        saved_at, last_save_failed = progress.step, False
+        with telling_of_a_failed_save():
+            about |= dataclasses.asdict(progress)
+            saver.save(progress.step, state.params, state.opt_state, about, is_best=is_best)
 
     # ------------------------------------------------------------------------------------------------------------------
     # training
@@ -410,6 +452,16 @@ def main() -> int:
         )  # fmt: skip
         return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
 
+    def rows_of(iteration: int) -> str:
+        """Which text an iteration saw, for a person who wants to look at it."""
+        starts_R = jax_data.batch_starts(
+            data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
+            sampling=config.sampling,
+        )  # fmt: skip
+        shown = ", ".join(map(str, starts_R[:SHOWN_ROWS]))
+        more = f" and {rows - SHOWN_ROWS} more (jax_data.batch_starts)" if rows > SHOWN_ROWS else ""
+        return f"its rows begin at the tokens {shown}{more} of {data_dir / 'train.bin'}"
+
     def report_in_flight() -> None:
         """Log the iteration in flight, waiting for it to be through. Raises DivergenceError."""
         nonlocal timed_since, timed_from, in_flight
@@ -418,10 +470,16 @@ def main() -> int:
         iteration, metrics = in_flight
         in_flight = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}  # host-device sync
-        if not values["finite"] and values["loss_scale"] <= 1:
-            raise DivergenceError(
-                f"training diverged at iteration {iteration}: loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}{ADVICE}"
+        if not values["finite"] and values["loss_scale"] <= 1:  # in float16 an overflow first halves the scale
+            progress.bad_steps += 1
+            what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            if progress.bad_steps > config.skip_bad_steps:
+                raise DivergenceError(
+                    f"training diverged at iteration {iteration}: {what}; {rows_of(iteration)}{ADVICE}"
+                )
+            log.say(
+                f"skipped the update of iteration {iteration}: {what}; {rows_of(iteration)}; "
+                f"{progress.bad_steps} of {config.skip_bad_steps} allowed"
             )
         if iteration % config.log_interval == 0:
             now = time.perf_counter()
@@ -430,27 +488,34 @@ def main() -> int:
             log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
 
     batches = jax_data.prefetch(make_batch, progress.step)
+    exit_code = EXIT_MACHINE_FAILED  # unless the loop comes to its end
     try:
         while True:
             step, last = progress.step, progress.step >= config.max_iters
+            save_due = step > 0 and config.save_interval > 0 and step % config.save_interval == 0
             if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stop.signal:
                 report_in_flight()
                 train_loss, val_loss = evaluate(state.params)
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
                 if not math.isfinite(train_loss + val_loss):
                     raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite{ADVICE}")
+                with telling_of_a_failed_save():
+                    saver.wait()  # whether it failed decides what is best so far
                 progress.evaluated_at = step
                 best = progress.best_val_loss
                 improved = best is None or val_loss < best
                 if improved:
                     progress.best_val_loss = val_loss
-                if step > 0 and (improved or last or config.always_save_checkpoint):
+                if step > 0 and (improved or last or save_due or config.always_save_checkpoint):
                     if saved_at != step:
                         save(is_best=improved)
                     elif improved:  # saved by a signal before it could be evaluated
-                        saver.copy_to_best(step)
-                    saved_at = step
+                        with telling_of_a_failed_save():
+                            saver.copy_to_best(step)
                 timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
+            elif save_due and saved_at != step and not stop.signal:
+                report_in_flight()
+                save(is_best=False)
             if last or stop.signal:
                 break
 
@@ -462,23 +527,28 @@ def main() -> int:
                 # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
                 # virtual CPU devices would deadlock in their all-reduce
                 jax.block_until_ready(state)
-            saver.check()
+            with telling_of_a_failed_save():
+                saver.check()
         report_in_flight()
         if saved_at != progress.step:
             save(is_best=False)
-        saver.wait()
+        with telling_of_a_failed_save():
+            saver.wait()
         finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step
         exit_code = EXIT_STOPPED if stop.signal and not finished else 0
+        if last_save_failed:
+            jax_run_log.complain(
+                "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+            )
+            exit_code = EXIT_MACHINE_FAILED
     except DivergenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        jax_run_log.complain(f"error: {error}")
         exit_code = EXIT_DIVERGED
     finally:
-        failed = sys.exc_info()[0] is not None
         batches.close()
-        try:
+        with telling_of_a_failed_save():
             saver.close()
-        finally:
-            log.close(EXIT_MACHINE_FAILED if failed else exit_code)
+        exit_code = log.close(exit_code)
     if stop.signal and exit_code == EXIT_STOPPED:
         print(f"stopped by {stop.signal.name} at step {progress.step} and saved; --init_from=resume goes on from there")
     return exit_code
@@ -491,5 +561,6 @@ if __name__ == "__main__":
         jax_checkpoint.CheckpointError,
         jax_run_log.MetricsError,
         jax_weights.WeightsError,
+        jax_lock.LockError,
         machine_failed=(jax_checkpoint.SaveError, OSError),
     )

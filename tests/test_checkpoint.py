@@ -3,16 +3,24 @@
 python -m pytest tests/test_checkpoint.py
 """
 
+import dataclasses
+import importlib.util
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import configurator
 import jax_checkpoint
 from jax_checkpoint import CheckpointError, SaveError, Saver, find, find_fault, read_meta, restore
 from jax_train_utils import make_mesh, replicated
@@ -37,11 +45,26 @@ def abstract(arrays):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
 
 
+ABOUT: dict[str, Any] = {  # the least that meta may hold
+    "config": {"seed": 1},
+    "model": {
+        "n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 7, "dropout": 0.0, "bias": False,
+        "gelu": "erf", "dtype": "float32",
+    },
+    "codec": {"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"},
+    "best_val_loss": None,
+    "evaluated_at": 3,
+    "wandb_run_id": "abc",
+    "bad_steps": 0,
+    "devices": None,
+}  # fmt: skip
+
+
 def save_steps(out_dir: Path, steps: dict[int, bool], keep: int = 2) -> None:
     """steps: step -> is it the best so far."""
     saver = Saver(out_dir, keep)
     for step, is_best in steps.items():
-        saver.save(step, tree(step), optimizer_state(step), {"note": f"step {step}"}, is_best=is_best)
+        saver.save(step, tree(step), optimizer_state(step), ABOUT | {"best_val_loss": step / 2}, is_best=is_best)
     saver.close()
 
 
@@ -78,8 +101,8 @@ def test_parameters_can_be_restored_alone_from_latest_and_best(out_dir):
 
 
 def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
-    assert read_meta(find(out_dir)[0]) == {"schema": 1, "step": 7, "note": "step 7"}
-    assert json.loads((out_dir / "best/3/meta/metadata").read_text())["note"] == "step 3"
+    assert read_meta(find(out_dir)[0]) == ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "best_val_loss": 3.5}
+    assert jax_checkpoint.best_val_loss(out_dir) == 1.5
 
 
 def test_a_relative_directory_works(tmp_path, monkeypatch):
@@ -91,7 +114,7 @@ def test_a_relative_directory_works(tmp_path, monkeypatch):
 def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
     consume = jax.jit(lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0)
     params, saver = tree(5), Saver(tmp_path, 2)
-    saver.save(5, params, optimizer_state(5), {}, is_best=False)
+    saver.save(5, params, optimizer_state(5), ABOUT, is_best=False)
     params = consume(params)
     saver.close()
     assert equal(restore(find(tmp_path)[0], {"params": abstract(tree(5))})["params"], tree(5))
@@ -244,13 +267,22 @@ def test_another_shape_dtype_or_tree_is_refused_by_name(out_dir):
 
 
 def test_another_schema_or_step_in_meta_is_refused(out_dir):
-    path = out_dir / "checkpoints/7/meta/metadata"
-    path.write_text(json.dumps({"schema": 2, "step": 7}))
-    with pytest.raises(CheckpointError, match="has schema 2; this version reads 1"):
+    path, newer = out_dir / "checkpoints/7/meta/metadata", jax_checkpoint.SCHEMA + 1
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"schema": newer}))
+    with pytest.raises(CheckpointError, match=f"has schema {newer}, and this version reads 1 to .*; a newer version"):
         read_meta(path.parents[1])
-    path.write_text(json.dumps({"schema": 1, "step": 8}))
+    path.write_text(json.dumps(meta | {"step": 8}))
     with pytest.raises(CheckpointError, match="is of step 8, but its folder is 7"):
         read_meta(path.parents[1])
+
+
+def test_meta_of_the_first_schema_is_read_as_today_s(out_dir):
+    path = out_dir / "checkpoints/7/meta/metadata"
+    today = read_meta(path.parents[1])
+    first = {key: value for key, value in today.items() if key not in ("bad_steps", "devices")} | {"schema": 1}
+    path.write_text(json.dumps(first))
+    assert read_meta(path.parents[1]) == today  # no update was skipped in that run, and no devices were noted
 
 
 def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, monkeypatch):
@@ -260,8 +292,105 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(jax_checkpoint, "write_manifest", disk_full)
-    saver.save(1, tree(1), optimizer_state(1), {}, is_best=False)
+    saver.save(1, tree(1), optimizer_state(1), ABOUT, is_best=False)
     with pytest.raises(SaveError, match="No space left on device"):
         saver.wait()
     saver.close()
     assert not jax_checkpoint.holds_run(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# upgrades, and what only looks like a checkpoint
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+def test_run_of_a_released_version_goes_on_with_the_losses_it_had_then(tmp_path, environment):
+    spec = importlib.util.spec_from_file_location("golden_run", FIXTURES / "golden_run.py")
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    recipe.write_data(tmp_path)
+    shutil.copytree(FIXTURES / "golden_run", tmp_path / "out")
+    expected = json.loads((tmp_path / "out/losses.json").read_text())
+    resume = ("--init_from=resume", "--out_dir=out", f"--max_iters={recipe.STEPS + recipe.MORE}")
+    done = subprocess.run(
+        [sys.executable, str(FIXTURES.parents[1] / "train_jax.py"), *resume],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming training from out/checkpoints/{recipe.STEPS}\n" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    losses = {str(r["iter"]): r["loss"] for r in records if "loss" in r}
+    assert len(losses) == recipe.STEPS + recipe.MORE
+    assert losses == pytest.approx(expected, rel=1e-5)  # another processor rounds otherwise
+
+
+def test_two_hundred_random_damages_are_all_found_and_the_step_before_is_used(out_dir):
+    newest, rng = out_dir / "checkpoints" / "7", random.Random(20)
+    for count in range(200):
+        path = rng.choice(files_of(newest))
+        original, damage = path.read_bytes(), rng.choice([flip_a_bit, truncate, delete])
+        damage(path, rng)
+        step_dir, skipped = find(out_dir)
+        assert step_dir.name == "3", f"damage {count}, {damage.__name__} of {path.name}, went unnoticed"
+        assert len(skipped) == 1
+        path.write_bytes(original)
+    assert find(out_dir) == (newest, [])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def reseal(step_dir: Path, content: bytes) -> None:
+    (step_dir / "meta/metadata").write_bytes(content)
+    (step_dir / "MANIFEST.json").unlink()
+    jax_checkpoint.write_manifest(step_dir)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch, data):
+    """Any value in any place of meta: read, or refused with a line; and so for the options that are taken from it."""
+    import train_jax
+
+    step_dir = out_dir / "checkpoints/7"
+    good = ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "config": dataclasses.asdict(train_jax.TrainConfig())}
+    meta: dict[str, Any] = json.loads(json.dumps(good))
+    where = data.draw(st.sampled_from([None, "config", "model", "codec"]))
+    inside = meta if where is None else meta[where]
+    for key in data.draw(st.sets(st.sampled_from(sorted(inside)) | st.text(max_size=5), min_size=1, max_size=3)):
+        inside[key] = data.draw(json_values)
+    reseal(step_dir, json.dumps(meta).encode())
+    assert find(out_dir)[0] == step_dir
+    monkeypatch.setattr(sys, "argv", ["train_jax.py", "--init_from=resume"])
+    try:
+        options, _ = train_jax.inherit_options(step_dir, read_meta(step_dir))
+    except (CheckpointError, configurator.ConfigError) as error:
+        assert "\n" not in str(error)
+    else:
+        kinds = {f.name: type(getattr(train_jax.TrainConfig(), f.name)) for f in dataclasses.fields(options)}
+        assert all(type(getattr(options, name)) is kind for name, kind in kinds.items())
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"7", b"{}", b'{"schema": true}', b"\xff", b"[" * 100_000])
+def test_meta_that_is_no_object_is_one_line(out_dir, content):
+    reseal(out_dir / "checkpoints/7", content)
+    with pytest.raises(CheckpointError, match="meta/metadata"):
+        read_meta(find(out_dir)[0])
+
+
+def test_model_of_meta_is_gptconfig():
+    from jax_transformer import GPTConfig
+
+    assert set(jax_checkpoint.MODEL_TYPES) == {field.name for field in dataclasses.fields(GPTConfig)}
+    assert all(type(field.default) in jax_checkpoint.MODEL_TYPES[field.name] for field in dataclasses.fields(GPTConfig))
+
+
+def test_meta_of_the_trainer_has_what_read_meta_asks_for_and_nothing_else(finished):
+    meta = read_meta(find(finished)[0])
+    assert set(meta) == {*jax_checkpoint.META_TYPES, "schema"}

@@ -247,6 +247,19 @@ def test_a_last_line_that_lacks_only_its_newline_is_whole(tmp_path):
     assert [r["iter"] for r in read_metrics(path)] == [0, 1]
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.binary(max_size=30) | st.sampled_from([b'{"iter": 3}', b'{"iter": NaN}', b"[" * 100_000]), max_size=4)
+)
+def test_any_bytes_are_records_or_a_metrics_error(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("garbage") / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        assert all(type(record["iter"]) is int for record in read_metrics(path))
+    except jax_run_log.MetricsError as error:
+        assert str(path) in str(error)
+
+
 @pytest.mark.parametrize("bad", [b'{"iter": 1, "lo', b"[1]", b"", b'{"loss": 1.0}'])
 def test_a_bad_line_elsewhere_is_an_error_that_names_file_and_line(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"

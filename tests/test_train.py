@@ -119,6 +119,7 @@ def test_ten_and_ten_more_iterations_equal_twenty_bit_for_bit(run, workdir, fini
     run("train_jax.py", "tiny.py", "--max_iters=10")
     resumed = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
     assert "resuming with max_iters = 20, which was 10 (--max_iters=20)" in resumed.stdout
+    assert "resuming on" not in resumed.stdout  # the same device
     assert without_times(metrics(workdir / "out")) == without_times(metrics(finished))
     ours, theirs = arrays(workdir / "out", 20), arrays(finished, 20)
     assert len(ours) == len(theirs) > 30
@@ -163,7 +164,10 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines() == ["stopped at once; nothing was saved since the last checkpoint"]
+    assert errors.splitlines() == [
+        "SIGINT: stopping after this step; Ctrl-C (again) stops at once",
+        "stopped at once; nothing was saved since the last checkpoint",
+    ]
     assert fingerprints(finished / "checkpoints") == before
 
 
@@ -255,11 +259,11 @@ def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(run, workdir):
     assert losses[4] == pytest.approx(losses[1], abs=1e-5)
     assert losses[8] == pytest.approx(losses[1], abs=1e-5)
 
-    # and a checkpoint of 8 devices goes on with 4, then with 1
-    for devices, max_iters in ((4, 14), (1, 18)):
+    # and a run of one device goes on with 4, then with 2; one of 8 with 1
+    for out_dir, before, devices, max_iters in (("out1", 1, 4, 14), ("out1", 4, 2, 18), ("out8", 6, 1, 18)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        run("train_jax.py", "--init_from=resume", "--out_dir=out8", f"--max_iters={max_iters}", **flags)
-    run("train_jax.py", "--init_from=resume", "--out_dir=out1", "--max_iters=18")
+        resumed = run("train_jax.py", "--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", **flags)
+        assert re.search(rf"^resuming on {devices} x cpu, which was {before} x cpu: losses .*$", resumed.stdout, re.M)
     tail = [[r["loss"] for r in metrics(workdir / f"out{n}") if "loss" in r] for n in (1, 8)]
     assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
 
