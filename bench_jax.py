@@ -236,4 +236,5 @@ def report(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    configurator.use_huge_pages()
     configurator.run_script(main, jax_data.DataError, machine_failed=OSError)

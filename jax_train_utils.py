@@ -138,12 +138,13 @@ def keep_freed_memory() -> None:
 
     XLA on a CPU allocates its temporary memory anew for every step. glibc asks the kernel for a block of that size and
     returns it at once, so each step begins with the kernel filling it with zeros: a third of a small model's step.
+    Above 2 GB that is left as it is: a heap in which such a block just does not fit would grow by another of its size.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GB come from the heap
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: blocks below 2 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
 

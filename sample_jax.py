@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    configurator.use_huge_pages()
     configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError)

@@ -555,6 +555,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    configurator.use_huge_pages()
     configurator.run_script(
         main,
         jax_data.DataError,
