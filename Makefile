@@ -25,7 +25,7 @@ test: $(VENV)/dev-$(JAX)  ## the whole test suite
 check: $(VENV)/train-$(JAX)  ## a self check in under a minute
 	$(BIN)/python test_jax_transformer.py
 
-torture: $(VENV)/dev-$(JAX)  ## kill a run fifty times, demand the very run never killed (2 CPU cores: 8 minutes)
+torture: $(VENV)/dev-$(JAX)  ## kill a run fifty times, demand the very run never killed (2 CPU cores: 4 minutes)
 	$(BIN)/python tests/torture.py --kills=50
 
 lint: $(VENV)/dev-$(JAX)  ## ruff and mypy

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -290,6 +291,7 @@ class Saver:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self._sealing: tuple[int, Future] | None = None
+        self._has_failed = False
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()  # of a kill in the middle of a save
@@ -364,6 +366,7 @@ class Saver:
             return
         (step, sealing), self._sealing = self._sealing, None
         if (error := sealing.exception()) is not None:
+            self._has_failed = True
             raise SaveError(self.root / str(step), error) from error
 
     def check(self) -> None:
@@ -378,6 +381,10 @@ class Saver:
         finally:
             self._sealer.shutdown()
             self._orbax.close()
+            # A failed save ends at its first error; what else it was writing may come after the first clean-up.
+            for _ in range(5 if self._has_failed else 0):
+                self._remove_leftovers()
+                time.sleep(0.1)
 
 
 def _leave_failures_to_us() -> None:

@@ -244,10 +244,12 @@ class StopRequest:
 
     def _request(self, signum: int, _frame: object) -> None:
         if self.signal == signal.SIGINT == signum:
-            os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
             os._exit(EXIT_INTERRUPTED)
         self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
-        os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
+        with contextlib.suppress(OSError):  # a console that is gone
+            os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
 
 
 def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:

@@ -520,6 +520,27 @@ def damaged(draw, content: bytes) -> bytes:
     return bytes(data)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=80), st.binary(max_size=80), st.sampled_from(["uint16", "uint32", None]), st.integers(1, 70_000)
+)
+def test_any_bytes_as_token_files_are_a_data_error_or_can_be_trained_on(tmp_path, train, val, dtype, vocab_size):
+    meta = {"tokenizer": "bytes", "vocab_size": min(vocab_size, 2**16), "dtype": dtype}
+    (tmp_path / "meta.json").unlink(missing_ok=True)
+    if dtype is not None:
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "train.bin").write_bytes(train)
+    (tmp_path / "val.bin").write_bytes(val)
+    try:
+        jax_data.check_dataset(tmp_path, 4, vocab_size)
+    except jax_data.DataError as error:
+        assert "\n" not in str(error)
+        return
+    for split in ("train", "val", "train_eval"):
+        x_BT, _ = jax_data.get_batch(tmp_path, split, 3, seed=1, batch_size=2, block_size=4, vocab_size=vocab_size)
+        assert x_BT.shape == (2, 4) and x_BT.max() < vocab_size
+
+
 @relaxed
 @given(content=damaged(json.dumps(CHAR_META).encode()) | st.binary(max_size=50))
 def test_damaged_meta_json_never_gives_anything_but_a_data_error(tmp_path, content):

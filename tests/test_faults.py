@@ -85,54 +85,38 @@ def limit_files(process: subprocess.Popen[str], size: int) -> None:
 needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit: not Linux")
 
 
-@needs_prlimit
-def test_full_disk_that_is_freed_costs_no_iteration_and_no_line_of_the_log(run, start, workdir):
-    long = ("tiny.py", "--max_iters=500", "--eval_interval=50")
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit: not Linux")
+def test_full_disk_costs_no_iteration_and_no_line_once_it_is_freed_and_ends_with_1_if_not(run, start, workdir):
+    long = ("tiny.py", "--max_iters=1500", "--eval_interval=100")
     run("train_jax.py", *long, "--out_dir=straight")
     process = start(*long)
-    wait_for_line(process, "step 50:")
-    wait_until(lambda: steps(workdir / "out") == [50])
-    limit_files(process, 2000)  # neither the log nor an array fits
-    wait_for_line(process, "step 200:")
-    limit_files(process, resource.RLIM_INFINITY)
-    rest, errors = process.communicate()
-    assert process.returncode == 0
-    complaints = errors.splitlines()
-    failed = [line for line in complaints if line.startswith("error: saving checkpoint ")]
-    assert failed and all(re.search(r"out/checkpoints/[1-3][05]0 failed: .*File too large", line) for line in failed)
-    assert failed[0].endswith(". The newest checkpoint is that of step 50")
-    assert [line for line in complaints if "metrics.jsonl" in line] == [
-        "error: metrics.jsonl cannot be written ([Errno 27] File too large); its lines wait in memory, the run goes on"
-    ]
-    assert len(complaints) == len(failed) + 1, "\n".join(complaints)
-    assert "metrics.jsonl can be written again, and has all its lines" in rest
-    assert torture.differences(workdir / "straight", workdir / "out", 500) == []
-
-
-@needs_prlimit
-def test_disk_that_stays_full_ends_with_1_after_the_last_update_and_keeps_what_was_good(run, start, workdir):
-    straight = ("tiny.py", "--max_iters=400", "--eval_interval=100")
-    run("train_jax.py", *straight, "--out_dir=straight")
-    process = start(*straight)
     wait_for_line(process, "step 100:")
     wait_until(lambda: steps(workdir / "out") == [100])
-    limit_files(process, 2000)
+    limit_files(process, 2000)  # neither the log nor an array fits
+    wait_for_line(process, "step 400:")
+    limit_files(process, resource.RLIM_INFINITY)
+    wait_until(lambda: steps(workdir / "out")[-1] > 100)
+    limit_files(process, 2000)  # full again, until the end
     out, errors = process.communicate()
     assert process.returncode == 1
-    assert "step 400: " in out  # training went on to its end
-    complaints = errors.splitlines()
-    assert [re.findall(r"checkpoints/(\d+) failed", line) for line in complaints if "failed:" in line] == [
-        ["200"], ["300"], ["400"],
-    ]  # fmt: skip
-    assert (
-        complaints[-2]
-        == "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+    assert "step 1500: " in out  # training went on to its end
+    assert "metrics.jsonl can be written again, and has all its lines" in out
+
+    *complaints, lost_save, lost_lines = errors.splitlines()
+    failed = [line for line in complaints if line.startswith("error: saving checkpoint ")]
+    assert all(re.search(r"out/checkpoints/\d+ failed: .*File too large", line) for line in failed)
+    assert re.search("checkpoints/[2-4]00 failed:", failed[0]) and "checkpoints/1500 failed:" in failed[-1]
+    assert failed[0].endswith(". The newest checkpoint is that of step 100")
+    full = (
+        "error: metrics.jsonl cannot be written ([Errno 27] File too large); its lines wait in memory, the run goes on"
     )
-    assert re.fullmatch(r"error: the last \d+ lines of metrics.jsonl could not be written", complaints[-1])
-    assert "Traceback" not in "".join(complaints)
-    assert steps(workdir / "out") == [100] and leftovers(workdir / "out") == []
+    assert [line for line in complaints if line not in failed] == [full, full]
+    assert lost_save == "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+    assert re.fullmatch(r"error: the last \d+ lines of metrics.jsonl could not be written", lost_lines)
+    assert steps(workdir / "out")[0] == 100 and leftovers(workdir / "out") == []
+
     run("train_jax.py", "--init_from=resume", "--out_dir=out")
-    assert torture.differences(workdir / "straight", workdir / "out", 400) == []
+    assert torture.differences(workdir / "straight", workdir / "out", 1500) == []
 
 
 @pytest.fixture
@@ -158,7 +142,7 @@ def test_disk_that_fills_in_the_middle_of_a_save_keeps_the_step_before(run, work
     assert "Traceback" not in done.stderr and "No space left on device" in done.stderr
     assert "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint" in errors
     kept = steps(small_disk / "out")
-    assert kept == list(range(4, kept[-1] + 4, 4)) and 4 < len(kept) + 1 < 10
+    assert kept == list(range(4, kept[-1] + 4, 4)) and 1 <= len(kept) < 10
     assert leftovers(small_disk / "out") == []
     assert jax_checkpoint.find(small_disk / "out") == (Path(small_disk / "out/checkpoints" / str(kept[-1])), [])
     for step in kept[:-1]:
@@ -248,9 +232,6 @@ def test_save_interval_saves_between_evaluations_and_changes_nothing_else(run, w
     ours, theirs = (torture.numbers(folder / "metrics.jsonl") for folder in (workdir / "out", finished))
     assert ours == theirs
     assert [p.name for p in (workdir / "out/best").iterdir()] == [p.name for p in (finished / "best").iterdir()]
-    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=24", "--always_save_checkpoint=False",
-        "--save_interval=3", "--eval_interval=7")  # fmt: skip
-    assert set(steps(workdir / "out")) - {5, 10, 15, 20} >= {24} | {21}
 
 
 def test_save_interval_counts_where_an_evaluation_brings_no_improvement(run, workdir):
@@ -284,19 +265,18 @@ def test_signal_while_a_resumed_run_starts_is_75_too_and_loses_nothing(run, star
     assert steps(finished) == [10, 20]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_during_an_evaluation_saves_when_that_is_through(start, workdir, finished, signum):
+def test_signal_during_an_evaluation_saves_when_that_is_through(start, finished):
     args = ("--init_from=resume", "--out_dir=finished", "--max_iters=1000", "--eval_interval=22", "--eval_iters=60000")
     process = start(*args)
     wait_for_line(process, "iter 21:")  # the next thing is an evaluation of seconds
     time.sleep(0.2)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     out, errors = process.communicate()
     assert process.returncode == 75
     assert "step 22: train loss" in out and "iter 22:" not in out
-    assert f"stopped by {signum.name} at step 22 and saved" in out
+    assert "stopped by SIGTERM at step 22 and saved" in out
     assert steps(finished) == [20, 22]
-    assert errors == f"{signum.name}: stopping after this step; Ctrl-C (again) stops at once\n"
+    assert errors == "SIGTERM: stopping after this step; Ctrl-C (again) stops at once\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,26 +352,16 @@ def test_skipped_updates_change_nothing_are_counted_across_a_resume_and_end_with
     assert all(math.isfinite(loss) for k, loss in log.items() if k not in (5, 12))
 
 
-def test_rows_beyond_the_first_are_named_by_the_function_that_knows_them(run):
-    wreck = ("--learning_rate=3e38", "--weight_decay=100", "--warmup_iters=0", "--grad_clip=0", "--batch_size=12")
-    error = run("train_jax.py", "tiny.py", *wreck, expect=3).stderr
-    assert re.search(
-        r"tokens (\d+, ){15}\d+ and 8 more \(jax_data.batch_starts\) of data/tiny/train.bin; nothing", error
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # wandb
 
 BROKEN_WANDB = {
-    "import": "raise OSError('half installed')",
     "init": "def init(**kwargs): raise ConnectionError('no route to host')",
-    "log": "fail_after = 3",
-    "finish": "finish_fails = True",
+    "log": "fail_after = 3",  # tests/test_run_log.py has the import and the end
 }
 FAKE_WANDB = """
 import types
-fail_after, finish_fails = 10**9, False
+fail_after = 10**9
 
 class Run:
     id, starting_step, dir, logged = 'abc', 0, 'wandb/run/files', 0
@@ -399,9 +369,6 @@ class Run:
         self.logged += 1
         if self.logged > fail_after:
             raise BrokenPipeError('the wandb process is gone')
-    def finish(self, exit_code):
-        if finish_fails:
-            raise TimeoutError('the network is gone')
 
 def setup():
     return types.SimpleNamespace(settings=types.SimpleNamespace(mode='online'))
@@ -420,7 +387,7 @@ def test_wandb_that_breaks_anywhere_is_one_line_and_the_run_is_the_same(run, wor
     (workdir / "fake/wandb.py").write_text(FAKE_WANDB + BROKEN_WANDB[broken])
     done = run("train_jax.py", "tiny.py", "--wandb_log=True", PYTHONPATH=str(workdir / "fake"))
     (line,) = [line for line in done.stdout.splitlines() if "wandb" in line and not line.startswith("Overriding")]
-    reason = {"import": "half installed", "init": "no route", "log": "process is gone", "finish": "network is gone"}
+    reason = {"init": "no route", "log": "process is gone"}
     assert line.startswith("wandb: ") and reason[broken] in line
     assert done.stderr == ""
     assert torture.numbers(workdir / "out/metrics.jsonl") == torture.numbers(finished / "metrics.jsonl")

@@ -179,7 +179,11 @@ def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
         "--weight_decay=100",
         "--warmup_iters=0",
         "--grad_clip=0",
+        "--batch_size=12",
         expect=3,
+    )
+    assert re.search(
+        r"tokens (\d+, ){15}\d+ and 8 more \(jax_data.batch_starts\) of data/tiny/train.bin; ", done.stderr
     )
     assert re.match(r"error: training diverged at iteration 1: loss (nan|inf), gradient norm ", the_error(done))
     assert not list((workdir / "out" / "checkpoints").iterdir())
