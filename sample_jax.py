@@ -2,20 +2,24 @@
 
     python sample_jax.py --out_dir=out-shakespeare-char
     python sample_jax.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3 --max_new_tokens=200
-    python sample_jax.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
-    python sample_jax.py --out_dir=out-shakespeare-char --checkpoint=best
+    python sample_jax.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream=True --stop="JULIET:"
+    python sample_jax.py --out_dir=out-shakespeare-char --start=FILE:prompts.txt --prompt_per_line=True
+    python sample_jax.py --out_dir=out-shakespeare-char --checkpoint=best --temperature=0
+    python sample_jax.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5 --max_new_tokens=100
 
-Every token runs the whole context through the model again: simple, and right by construction.
+Each sample is printed as its prompt and what follows, then a line of dashes. Remarks go to stderr.
 """
 
-import functools
+import ast
+import dataclasses
 import math
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 import configurator
@@ -28,98 +32,222 @@ from configurator import Between, ConfigError
 class SampleConfig:
     """Every option of the sampler."""
 
-    init_from: Literal["resume"] = "resume"  # where the weights come from: a run
+    init_from: str = "resume"  # resume: the run in out_dir; or gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a path
     out_dir: str = "out_jax"  # the run's directory
-    checkpoint: str = "latest"  # latest | best | a step number
+    checkpoint: str = "latest"  # of the run: latest | best | a step number
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    num_samples: Annotated[int, Between(1)] = 10  # samples to draw, all in one batch
-    max_new_tokens: Annotated[int, Between(1)] = 500  # tokens to add to the prompt
+    prompt_per_line: bool = False  # with FILE: each line that is not blank is a prompt of its own
+    num_samples: Annotated[int, Between(1)] = 10  # samples of each prompt, all in one batch
+    max_new_tokens: Annotated[int, Between(0)] = 500  # tokens to add to the prompt
     temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is safer, above 1 wilder, 0 greedy
-    top_k: Annotated[int, Between(0)] = 200  # draw among the k likeliest tokens only; 0 is all of them
+    top_k: Annotated[int | None, Between(1)] = 200  # draw among the k likeliest tokens only; None is all of them
+    top_p: Annotated[float | None, Between(0.0, 1.0)] = None  # the likeliest that have this probability together
+    min_p: Annotated[float | None, Between(0.0, 1.0)] = None  # those with this share of the likeliest's probability
+    stop: str = ""  # end a sample before this text; several: --stop='["A", "B"]'
+    stream: bool = False  # print as it is written, one sample after another
     seed: Annotated[int, Between(0, below=2**32)] = 1337  # sample i depends on (seed, i) only
     device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16, on a CPU float32
     compile: bool = False  # no meaning here: JAX always compiles. Accepted for nanoGPT's command lines
 
 
-def read_prompt(start: str) -> str:
-    """The prompt itself, or the content of the file it names."""
-    if not start.startswith("FILE:"):
-        return start
-    path = Path(start.removeprefix("FILE:"))
+# ----------------------------------------------------------------------------------------------------------------------
+# options
+
+
+def read_prompts(config: SampleConfig) -> list[str]:
+    """The prompt, or what the file has that `start` names. Raises ConfigError."""
+    if not config.start.startswith("FILE:"):
+        if config.prompt_per_line:
+            raise ConfigError(f"prompt_per_line=True is for --start=FILE:path, not for start={config.start!r}")
+        return [config.start]
+    path = Path(config.start.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"start={start}: {path} cannot be read as UTF-8 text: {error}") from None
+        raise ConfigError(f"start={config.start}: {path} cannot be read as UTF-8 text: {error}") from None
+    if not config.prompt_per_line:
+        return [text]
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ConfigError(f"start={config.start}: {path} has no line with a prompt")
+    return prompts
+
+
+def stop_strings(stop: str) -> list[str]:
+    """The string, or those of a list written as in Python or JSON; nothing for an empty one."""
+    if stop.startswith("["):
+        try:
+            strings = ast.literal_eval(stop)
+        except (SyntaxError, ValueError):
+            strings = [stop]  # a bracket that begins a text
+        if not strings or not all(isinstance(item, str) and item for item in strings):
+            raise ConfigError(f"stop={stop} must be a text, or a list of texts that are not empty")
+        return strings
+    return [stop] if stop else []
+
+
+def encode_prompts(codec: jax_data.Codec, prompts: Sequence[str], start: str) -> list[list[int]]:
+    """The ids of each prompt. Raises ConfigError where one has none, or characters that the codec lacks."""
+    encoded = []
+    for prompt in prompts:
+        try:
+            encoded.append(codec.encode(prompt))
+        except jax_data.DataError as error:
+            raise ConfigError(f"--start={start}: {error}") from None
+        if not encoded[-1]:
+            raise ConfigError("start is empty: give the model something to go on from, a newline for instance")
+    return encoded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def settled(text: str, start: int, stops: Sequence[str], ended: bool) -> tuple[str, bool]:
+    """What of a text can be shown, whatever tokens follow, and whether a stop string ended it.
+
+    Of the stop strings after `start` the one that is complete first counts. Unless the text has `ended`, held back are
+    characters of which only some bytes are there (decoded as U+FFFD), and what may be the beginning of a stop string.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
+    if found:
+        return text[: min(found)[1]], True
+    if ended:
+        return text, False
+    text = text.rstrip("\ufffd")
+    hold = max(
+        (n for stop in stops for n in range(1, len(stop)) if len(text) - n >= start and text.endswith(stop[:n])),
+        default=0,
+    )
+    return text[: len(text) - hold], False
+
+
+def texts_so_far(
+    chunks: Iterator[list[list[int]]], prompts: Sequence[list[int]], codec: jax_data.Codec, stops: Sequence[str]
+) -> Iterator[list[str]]:
+    """The text of each row, prompt included, after every chunk of new ids; ends early where all rows have stopped."""
+    rows = [list(prompt) for prompt in prompts]
+    starts = [len(codec.decode(prompt)) for prompt in prompts]
+    texts, stopped = [""] * len(rows), [False] * len(rows)
+
+    def update(ended: bool) -> None:
+        for b, ids in enumerate(rows):
+            if not stopped[b]:
+                texts[b], stopped[b] = settled(codec.decode(ids), starts[b], stops, ended)
+
+    for chunk in chunks:
+        for ids, new_ids in zip(rows, chunk, strict=True):
+            ids.extend(new_ids)
+        update(ended=False)
+        yield texts
+        if all(stopped):
+            break
+    update(ended=True)
+    yield texts
+
+
+class Clock:
+    """Counts new tokens and says how many there were a second."""
+
+    def __init__(self, expected: int, bar: bool) -> None:
+        self.bar = tqdm(total=expected, unit="token", leave=False, disable=not (bar and sys.stderr.isatty()))
+        self.marks = [(time.perf_counter(), 0)]  # when how many tokens were there
+
+    def count(self, chunks: Iterator[list[list[int]]]) -> Iterator[list[list[int]]]:
+        for chunk in chunks:
+            tokens = sum(map(len, chunk))
+            self.marks.append((time.perf_counter(), self.marks[-1][1] + tokens))
+            self.bar.update(tokens)
+            yield chunk
+
+    def summary(self) -> str:
+        self.bar.close()
+        (began, _), (ended, tokens) = self.marks[0], self.marks[-1]
+        text = f"{tokens:,} new tokens in {ended - began:.2f} s"
+        # The first dispatch has the prompt and its compilation in it, the second the compilation of decoding.
+        compiled, before = self.marks[min(2, len(self.marks) - 1)]
+        if tokens > before:
+            text += f"; {(tokens - before) / (ended - compiled):,.1f} tokens/s after the first {before:,}"
+        return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model
+
+
+def load(config: SampleConfig, step_dir: Path | None, meta: dict[str, Any]) -> tuple[Any, Any]:
+    """Parameters on the device, and the model's configuration: of the run's checkpoint, or of GPT-2's weights."""
+    import jax
+
+    import jax_train_utils as utils
+    from jax_transformer import GPTConfig, abstract_params
+
+    with configurator.one_line_errors(ValueError):
+        devices = utils.find_devices(config.device)
+    sharding = utils.replicated(utils.make_mesh(devices[:1]))
+    inference = {"dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0}
+    if step_dir is None:
+        import jax_weights
+
+        with configurator.one_line_errors(jax_weights.WeightsError):
+            params, model = jax_weights.load_weights(config.init_from)
+        return jax.device_put(params, sharding), dataclasses.replace(model, **inference)
+    model = GPTConfig(**{**meta["model"], **inference})
+    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params(model))
+    return jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model
 
 
 def main() -> None:
     config, sources = configurator.parse_with_sources(SampleConfig)
     if "compile" in sources:
-        print("note: compile has no meaning here: JAX always compiles")
-    step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
-    for line in skipped:
-        print(line)
-    meta = jax_checkpoint.read_meta(step_dir)
-    codec = jax_data.make_codec(meta["codec"])
-    try:
-        prompt_ids = codec.encode(read_prompt(config.start))
-    except jax_data.DataError as error:
-        raise ConfigError(f"--start={config.start}: {error}") from None
-    if not prompt_ids:
-        raise ConfigError("start is empty: give the model something to go on from, a newline for instance")
+        print("note: compile has no meaning here: JAX always compiles", file=sys.stderr)
+    if config.top_p == 0:
+        raise ConfigError(f"{sources['top_p']}: top_p must be above 0; None is off")
+    stops = stop_strings(config.stop)
+    prompts = read_prompts(config)
+    step_dir, meta = None, {}
+    if config.init_from == "resume":
+        step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
+        print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
+        meta = jax_checkpoint.read_meta(step_dir)
+    elif config.checkpoint != "latest":
+        raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
+    codec = jax_data.make_codec(meta.get("codec"))  # without one it is GPT-2's
+    prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
 
-    # jax is imported only here, so that a mistake in the options is told at once
+    # jax is imported only from here on, so that a mistake in the options is told at once
+    params, model = load(config, step_dir, meta)
     import jax
-    import jax.numpy as jnp
 
-    import jax_train_utils as utils
-    from jax_transformer import GPTConfig, Params, abstract_params, forward
+    import jax_generate
 
-    with configurator.one_line_errors(ValueError):
-        devices = utils.find_devices(config.device)
-    model = GPTConfig(**{**meta["model"], "dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0})
-    mesh = utils.make_mesh(devices[:1])
-    wanted = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=utils.replicated(mesh)), abstract_params(model)
-    )
-    params = jax_checkpoint.restore(step_dir, {"params": wanted})["params"]
+    def start(first_row: int, rows: list[list[int]], tokens_per_dispatch: int) -> Iterator[list[str]]:
+        with configurator.one_line_errors(ValueError):
+            chunks = jax_generate.stream(
+                params, model, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, key=jax.random.key(config.seed),
+                vocab_size=min(codec.vocab_size, model.vocab_size), first_row=first_row,
+                tokens_per_dispatch=tokens_per_dispatch,
+            )  # fmt: skip
+        return texts_so_far(clock.count(chunks), rows, codec, stops)
 
-    def draw(logits_V: jax.Array, key: jax.Array) -> jax.Array:
-        """The next token of one sample."""
-        logits_V = jnp.where(jnp.arange(logits_V.size) < codec.vocab_size, logits_V, -jnp.inf)  # padding has no text
-        if config.temperature == 0:
-            return jnp.argmax(logits_V)
-        if 0 < config.top_k < codec.vocab_size:
-            logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, config.top_k)[0][-1], -jnp.inf, logits_V)
-        return jax.random.categorical(key, logits_V / config.temperature)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def add_token(params: Params, window_BT: jax.Array, tokens: jax.Array, keys_B: jax.Array) -> tuple:
-        """The token after the first `tokens` ones, for each row: (window with it, next_B).
-
-        The window holds the last block_size tokens, padded on the right, which the causal mask hides.
-        """
-        length = jnp.minimum(tokens, window_BT.shape[1])
-        logits_BV = forward(params, window_BT, model)[:, length - 1].astype(jnp.float32)
-        next_B = jax.vmap(draw)(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, tokens))
-        full = tokens >= window_BT.shape[1]
-        window_BT = jnp.where(full, jnp.roll(window_BT, -1, axis=1), window_BT)
-        return window_BT.at[:, jnp.where(full, length - 1, length)].set(next_B), next_B
-
-    B = config.num_samples
-    context = prompt_ids[-model.block_size :]
-    if len(context) < len(prompt_ids):
-        print(f"the prompt has {len(prompt_ids)} tokens: only the last {model.block_size} fit in the model's window")
-    window_BT = jnp.zeros((B, model.block_size), jnp.int32).at[:, : len(context)].set(jnp.asarray(context))
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), jnp.arange(B))
-    new_tokens = []
-    for i in tqdm(range(config.max_new_tokens), unit="token", leave=False, disable=not sys.stderr.isatty()):
-        window_BT, next_B = add_token(params, window_BT, np.int32(len(context) + i), keys_B)
-        new_tokens.append(next_B)
-    for row in np.stack(new_tokens, axis=1).tolist():  # host-device sync, once
-        print(codec.decode(prompt_ids + row))
-        print("---------------")
+    clock = Clock(len(prompt_ids) * config.max_new_tokens, bar=not config.stream)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that the model writes
+    if config.stream:
+        for row, ids in enumerate(prompt_ids):
+            shown = 0
+            for (text,) in start(row, [ids], 4):
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+            print("\n---------------")
+    else:
+        for texts in start(0, prompt_ids, 16):
+            pass
+        for text in texts:
+            print(text)
+            print("---------------")
+    print(clock.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import jax_checkpoint
+import jax_data
+import sample_jax
 from jax_train_utils import make_mesh, replicated
 from jax_transformer import GPTConfig, abstract_params, forward
 
@@ -48,8 +50,8 @@ def test_greedy_continuation_is_the_argmax_of_the_forward_pass(run, workdir, fin
     (workdir / "prompt.txt").write_text("the house ran to my mat and")  # longer than the window
     done = run("sample_jax.py", "--out_dir=finished", "--start=FILE:prompt.txt", "--temperature=0", "--num_samples=1",
                "--max_new_tokens=30")  # fmt: skip
-    assert "the prompt has 27 tokens: only the last 16 fit in the model's window" in done.stdout
-    (text,) = samples(done.stdout.split("window\n")[-1], "the house ran to my mat and")
+    assert "the longest prompt has 27 tokens: only the last 16 fit in the model's window\n" in done.stderr
+    (text,) = samples(done.stdout, "the house ran to my mat and")
 
     step_dir, _ = jax_checkpoint.find(finished)
     meta = jax_checkpoint.read_meta(step_dir)
@@ -76,9 +78,103 @@ def test_padded_vocabulary_is_never_sampled(run, workdir, finished, environment)
     meta["codec"]["vocab_size"] -= 1
     path.write_text(json.dumps(meta))
     jax_checkpoint.write_manifest(step_dir)
-    done = run("sample_jax.py", "--out_dir=finished", "--start=a", "--temperature=5", "--top_k=0", "--num_samples=5")
+    done = run("sample_jax.py", "--out_dir=finished", "--start=a", "--temperature=5", "--top_k=None", "--num_samples=5")
     texts = samples(done.stdout.split("num_samples = 5\n")[-1], "a")
     assert len("".join(texts)) == 5 * 500 and dropped not in "".join(texts)
+
+
+def test_stream_prints_the_same_samples(run, workdir, finished):
+    (workdir / "prompts.txt").write_text("the cat\n\nmy dog ran to the house and\n")
+    common = ("--out_dir=finished", "--start=FILE:prompts.txt", "--prompt_per_line=True", "--num_samples=2",
+              "--max_new_tokens=30", "--stop=['at', 'og', ' ']", "--top_p=0.9", "--min_p=0.01")  # fmt: skip
+    batch, streamed = run("sample_jax.py", *common), run("sample_jax.py", *common, "--stream=True")
+    printed = batch.stdout.split("min_p = 0.01\n")[-1]
+    texts = printed.split("\n---------------\n")
+    assert len(texts) == 5 and texts[-1] == ""
+    assert [text.startswith("the cat") for text in texts[:4]] == [True, True, False, False]
+    assert all(text.startswith("my dog ran to the house and") for text in texts[2:4])
+    assert not any(stop in text[7:] for text in texts[:2] for stop in ("at", "og", " "))
+    assert streamed.stdout.split("stream = True\n")[-1] == printed
+    for done in (batch, streamed):
+        assert re.search(r"^\d+ new tokens in \d+\.\d\d s", done.stderr, re.MULTILINE)
+
+
+def test_no_new_tokens_print_the_prompt(run, finished):
+    done = run("sample_jax.py", "--out_dir=finished", "--start=a cat", "--num_samples=1", "--max_new_tokens=0")
+    assert done.stdout.endswith("max_new_tokens = 0\na cat\n---------------\n")
+
+
+@pytest.mark.parametrize("stops", [[], ["né"], ["x", "€ "], ["aé€"], ["\U0001f600!", "\U0001f600"]])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 100])
+def test_streamed_text_is_the_whole_text_byte_for_byte(tokens, stops):
+    codec = jax_data.make_codec({"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"})
+    prompts = [codec.encode("né "), codec.encode("x")]
+    wholes = ["aé€ \U0001f600 né\ufffd€x", "ok\U0001f600!" + "é" * 9]
+    rows = [codec.encode(text) for text in wholes]
+    rows[0] += [0xE2, 0x82]  # the model stopped amid a character
+    chunks = ([row[i : i + tokens] for row in rows] for i in range(0, max(map(len, rows)), tokens))
+
+    seen: list[list[str]] = [[], []]
+    for texts in sample_jax.texts_so_far(chunks, prompts, codec, stops):
+        for steps, text in zip(seen, texts, strict=True):
+            assert text.startswith(steps[-1] if steps else "")  # what was shown stays
+            steps.append(text)
+    for steps, prompt, whole in zip(seen, ["né ", "x"], [wholes[0] + "\ufffd", wholes[1]], strict=True):
+        ends = [(whole.index(stop) + len(stop), whole.index(stop)) for stop in stops if stop in whole]
+        assert steps[-1] == prompt + whole[: min(ends)[1] if ends else None]
+    if tokens == 1 and not stops:
+        assert not any(text.endswith("\ufffd") for text in seen[0][:-1])  # never half a character
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", []), ("a", ["a"]), ("[x", ["[x"]), ("['a', \"b\"]", ["a", "b"]), ('["\\n\\n"]', ["\n\n"])],
+)
+def test_stop_is_a_text_or_a_list_of_them(text, expected):
+    assert sample_jax.stop_strings(text) == expected
+
+
+def test_sampling_from_weights_that_are_not_a_runs(run, workdir, monkeypatch):
+    """The loader is jax_weights.load_weights; here one of the same form stands in, with as many tokens as GPT-2's."""
+    (workdir / "jax_weights.py").write_text(WEIGHTS_STAND_IN)
+    (workdir / "tiktoken.py").write_text(TIKTOKEN_STAND_IN)
+    common = ("sample_jax.py", "--start=Hi", "--num_samples=2", "--max_new_tokens=5")
+    done = run(*common, "--init_from=some/folder", PYTHONPATH=str(workdir))
+    assert [len(text) for text in samples(done.stdout.split("some/folder\n")[-1], "Hi")] == [5, 5]
+    refused = run(*common, "--init_from=nowhere", PYTHONPATH=str(workdir), expect=2)
+    assert refused.stderr == "error: nowhere has no weights\n"
+    refused = run(*common, "--init_from=some/folder", "--start=\xff", PYTHONPATH=str(workdir), expect=2)
+    assert refused.stderr == "error: prompt 0 has token id 255, which is not in the vocabulary of 200\n"
+
+
+WEIGHTS_STAND_IN = """
+import jax
+from jax_transformer import GPTConfig, init_params
+
+class WeightsError(ValueError): pass
+
+def load_weights(name_or_path):
+    if name_or_path == "nowhere":
+        raise WeightsError("nowhere has no weights")
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=200, dropout=0.1)
+    return init_params(config, jax.random.key(0)), config
+"""
+
+TIKTOKEN_STAND_IN = """
+class Encoding:
+    def encode(self, text, allowed_special): return [ord(c) for c in text]
+    def decode(self, ids): return "".join(map(chr, ids))
+
+def get_encoding(name): return Encoding()
+"""
+
+
+def test_gpt2s_tokenizer_offline_and_not_in_the_cache_is_one_line_that_says_how_to_fill_it(run, workdir):
+    # where nobody listens: the connection is refused at once, as without a network
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    done = run("sample_jax.py", "--init_from=gpt2", TIKTOKEN_CACHE_DIR=str(workdir / "empty"), **nowhere, expect=2)
+    (line,) = done.stderr.splitlines()
+    assert "the gpt2 tokenizer could not fetch its two files" in line and "TIKTOKEN_CACHE_DIR=DIR python -c" in line
 
 
 @pytest.mark.parametrize(
@@ -92,9 +188,19 @@ def test_padded_vocabulary_is_never_sampled(run, workdir, finished, environment)
         (["--temperature=-1"], "temperature"),
         (["--temprature=1"], "temprature.*temperature"),
         (["--start=a", "--device=tpu"], "device=tpu"),
+        (["--top_k=0"], "--top_k=0: top_k must be an int of at least 1 or None, not 0"),
+        (["--top_p=0"], "--top_p=0: top_p must be above 0; None is off"),
+        (["--top_p=1.01"], "--top_p=1.01: top_p must be a float of at least 0 and at most 1 or None"),
+        (["--min_p=-0.5"], "--min_p=-0.5: min_p must be a float of at least 0"),
+        (["--max_new_tokens=-1"], "max_new_tokens must be an int of at least 0"),
+        (["--stop=['a', '']"], "must be a text, or a list of texts that are not empty"),
+        (["--start=a", "--prompt_per_line=True"], "prompt_per_line=True is for --start=FILE:path"),
+        (["--start=FILE:blank.txt", "--prompt_per_line=True"], "blank.txt has no line with a prompt"),
+        (["--init_from=gpt2", "--checkpoint=best"], "--checkpoint=best: checkpoint is for --init_from=resume"),
     ],
 )
-def test_mistake_is_one_line_and_exit_2(run, finished, args, expected):
+def test_mistake_is_one_line_and_exit_2(run, workdir, finished, args, expected):
+    (workdir / "blank.txt").write_text("\n  \n")
     done = run("sample_jax.py", "--out_dir=finished", *args, expect=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and re.search(expected, line), line
