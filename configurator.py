@@ -111,10 +111,10 @@ def print_sources(config: "DataclassInstance", sources: Mapping[str, str], defau
 
 
 def use_huge_pages() -> None:
-    """Have glibc ask Linux for memory in large pages. Starts the script again, since only a new process can be told so.
+    """Have glibc ask Linux for memory in large pages. Starts the script again: only a new process can be told so.
 
-    A step of a large model on a CPU takes memory by the gigabyte, and in pages of 4 kB the kernel spends up to a third of
-    the time on handing it out. What GLIBC_TUNABLES says already is left alone, and decides whether this was done.
+    A step of a large model on a CPU takes memory by the gigabyte, and in pages of 4 kB the kernel needs up to a third
+    of the time to hand it out. A choice in GLIBC_TUNABLES is left as it is; ours is there after the second start.
     """
     glibc = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
     tunables = os.environ.get("GLIBC_TUNABLES", "")
