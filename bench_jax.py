@@ -1,4 +1,4 @@
-"""How fast is it? Times the training step, the evaluation and the data loader of any configuration.
+"""How fast is it? Times training step, evaluation, data loader and generation of any configuration.
 
     python bench_jax.py --batch_size=32
     python bench_jax.py config/train_shakespeare_char.py --device=cpu --json=bench.json
@@ -24,14 +24,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 import configurator
 import jax_data
 import jax_run_log
-from configurator import ConfigError
+from configurator import Between, ConfigError
 from train_jax import MODEL_SHAPE, AtLeast1, TrainConfig
 
 
@@ -43,6 +43,8 @@ class BenchConfig(TrainConfig):
     real_data: bool = True  # batches from the data set; without: random tokens, the same at every step
     warmup_steps: AtLeast1 = 10  # steps before the timed ones
     steps: AtLeast1 = 20  # steps timed
+    prompt_tokens: AtLeast1 = 64  # generation: tokens of each prompt, at most half of block_size
+    new_tokens: Annotated[int, Between(0)] = 64  # generation: tokens added, batch_size rows at once; 0 leaves it out
     json: str = ""  # write the figures to this file
     profile: bool = False  # write a trace to bench_log/ and print the ten most expensive operations
 
@@ -159,6 +161,9 @@ def main() -> None:
     result["evaluation"] = {"ms": spread(times), "ms_per_batch": statistics.median(times) / config.eval_iters}
     result["loader"] = {"ms": spread(repeat(50, lambda: host_rows(1)))}
 
+    if config.new_tokens:
+        result["generation"] = time_generation(config, state.params, model)
+
     report(result)
     if config.json:
         Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -177,6 +182,38 @@ def find_data(config: BenchConfig) -> tuple[Path | None, int]:
     vocab_size = 50304 if meta is None or meta["tokenizer"] == "gpt2" else meta["vocab_size"]
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
     return data_dir, vocab_size
+
+
+def time_generation(config: BenchConfig, params: Any, model: Any) -> dict[str, Any]:
+    """Time to the first new token of batch_size prompts of random tokens, and tokens a second from then on."""
+    import jax
+
+    from jax_generate import MAX_TOKENS_PER_DISPATCH, stream
+    from jax_transformer import decoding_weights
+
+    prompt_tokens = min(config.prompt_tokens, -(-model.block_size // 2))
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (config.batch_size, prompt_tokens)).tolist()
+    model = dataclasses.replace(model, dropout=0.0)
+    weights, key = decoding_weights(params, model), jax.random.key(config.seed)
+    first_ms, rates = [], []
+    for _ in range(4):
+        started = time.perf_counter()
+        chunks = stream(
+            weights, model, prompts, max_new_tokens=config.new_tokens, key=key,
+            tokens_per_dispatch=MAX_TOKENS_PER_DISPATCH,
+        )  # fmt: skip
+        next(chunks)
+        first = time.perf_counter()
+        tokens = sum(len(ids) for chunk in chunks for ids in chunk)
+        first_ms.append(1000 * (first - started))
+        rates.append(tokens / (time.perf_counter() - first))
+    return {
+        "rows": config.batch_size,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "prefill_ms": spread(first_ms[1:]),  # the first time it compiles
+        "decode_tokens_per_s": spread(rates[1:]),
+    }
 
 
 def repeat(times: int, function: Callable[[], Any]) -> list[float]:
@@ -231,6 +268,10 @@ def report(result: dict[str, Any]) -> None:
     print(f"  peak memory      {train['peak_memory_mb']:,.0f} MB")
     print(f"  data loader      {show(result['loader']['ms'])}; waited for {train['loader_wait_percent']:.2f} %")
     print(f"  evaluation       {show(evaluation['ms'])}, {evaluation['ms_per_batch']:.2f} ms a batch")
+    if generation := result.get("generation"):
+        rate = generation["decode_tokens_per_s"]["median"]
+        print(f"  generation       {generation['rows']} rows of {generation['prompt_tokens']} tokens: prefill", end=" ")
+        print(f"{show(generation['prefill_ms'])}, then {rate:,.0f} tok/s")
     for row in result.get("profile", []):
         print(f"  {row['ms']:9.2f} ms  {row['op']}")
 

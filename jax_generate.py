@@ -98,6 +98,8 @@ def stream(
     vocabulary, are never drawn. Prefill compiles once for each power of two of the longest prompt, decode once, for
     each number of rows and way of drawing.
 
+    Where it is called again and again, `params` may be what `decoding_weights` makes of them: it saves doing it anew.
+
     Raises ValueError, at once, on an empty prompt, an id that the vocabulary lacks, or an option out of its range.
     """
     vocab_size = config.vocab_size if vocab_size is None else vocab_size
@@ -145,7 +147,7 @@ def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B
     """The loop of `stream`, on the host: one prefill, then chunks of tokens."""
     if max_new_tokens == 0:
         return
-    weights = decoding_weights(params, config)
+    weights = params if "head" in params else decoding_weights(params, config)
     stop_ids = jnp.asarray(stop_tokens, jnp.int32)
     static = {"config": config, "sampling": sampling}
     done = [False] * len(rows)
@@ -266,23 +268,39 @@ def warp(
     """Logits / temperature, their maximum 0, and -inf where a token may not be drawn. In transformers' order:
 
     top_k   only the k largest stay (and what equals the k-th); k above the vocabulary is the vocabulary
-    top_p   of the sorted tokens the fewest whose probability is together at least p (Holtzman et al. 2020)
+    top_p   the fewest that are together at least that probable (and what equals the last; Holtzman et al. 2020)
     min_p   only those with at least min_p times the largest probability (Nguyen et al. 2024)
     """
     logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature  # a small one overflows otherwise
     V = logits_BV.shape[-1]
     if top_k is not None and top_k < V:
-        kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        # The barrier keeps XLA from seeing that one of the k is asked for: it would sort the whole vocabulary instead.
+        kth_B1 = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, top_k)[0])[:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
     if top_p is not None and top_p < 1:
-        ascending_BV = jnp.argsort(logits_BV, axis=-1)
-        sorted_BV = jnp.take_along_axis(logits_BV, ascending_BV, axis=-1)
-        dropped_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) <= 1 - top_p
-        dropped_BV = dropped_BV.at[:, -1].set(False)  # the likeliest always stays
-        dropped_BV = jnp.put_along_axis(jnp.zeros_like(dropped_BV), ascending_BV, dropped_BV, axis=-1, inplace=False)
-        logits_BV = jnp.where(dropped_BV, -jnp.inf, logits_BV)
+        logits_BV = keep_likeliest(logits_BV, top_p)
     if min_p:
         probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
         least_B1 = min_p * probabilities_BV.max(axis=-1, keepdims=True)
         logits_BV = jnp.where(probabilities_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
+
+
+def keep_likeliest(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """-inf for all but the fewest largest logits of each row that are together at least top_p probable.
+
+    Without sorting, which takes a CPU as long as a small model: the least logit that stays is found bit by bit, by
+    adding up the probabilities of those at or above it. Equals stay together.
+    """
+    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order_BV = jnp.where(bits_BV < sign, bits_BV | sign, ~bits_BV)  # integers in the order of the floats
+
+    def decide_bit(i, least_B):
+        higher_B = least_B | (sign >> i.astype(jnp.uint32))
+        sums_B = jnp.where(order_BV >= higher_B[:, None], probabilities_BV, 0).sum(axis=-1)
+        return jnp.where(sums_B >= top_p, higher_B, least_B)
+
+    least_B = jax.lax.fori_loop(0, 32, decide_bit, jnp.zeros(len(logits_BV), jnp.uint32))
+    return jnp.where(order_BV >= least_B[:, None], logits_BV, -jnp.inf)

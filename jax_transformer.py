@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]  # nested dict of float32 arrays; its inner layout is this file's own business
@@ -359,8 +358,8 @@ def flops_per_token(config: GPTConfig) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # the forward pass with a cache: keys and values of earlier tokens are kept, and each token runs through the model once
 
-# Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU reads
-# only as many segments as there are tokens; a slice of one large array it would copy, for every token.
+# Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU
+# reads only as many segments as there are tokens; a slice of one large array it would copy, for every token.
 Segments = tuple[jax.Array, ...]
 Cache = tuple[tuple[Segments, Segments], ...]
 FIRST_SEGMENT = 64  # columns; then 64, 128, 256, ..., so that what is read at most doubles
@@ -416,9 +415,8 @@ def forward_cached(
     assert T == 1 or (isinstance(column, int) and column == 0), f"{T} tokens at once must go to column 0"
     if cache is not None:
         assert len(cache) == config.n_layer, f"the cache has {len(cache)} layers, not n_layer={config.n_layer}"
-        keys = cache[0][0]
-        assert keys[0].shape[0] == B, f"the cache is for {keys[0].shape[0]} rows, not for {B}"
-        width = sum(a.shape[2] for a in keys)
+        assert cache[0][0][0].shape[0] == B, f"the cache is for {cache[0][0][0].shape[0]} rows, not for {B}"
+        width = sum(a.shape[2] for a in cache[0][0])
         assert width == config.block_size, f"the cache has {width} columns, not block_size={config.block_size}"
 
     columns_T = column + jnp.arange(T)
@@ -431,7 +429,8 @@ def forward_cached(
         with jax.named_scope("attn"):
             qkv_RX = _linear(_norm(x_RD, block["ln_1"]), block["attn"]["c_attn"])  # X = 3 * D
             q_BNTH, k_BNTH, v_BNTH = qkv_RX.reshape(B, T, 3, config.n_head, -1).transpose(2, 0, 3, 1, 4)
-            keys, values = (k_BNTH,), (v_BNTH,)
+            keys: Segments = (k_BNTH,)
+            values: Segments = (v_BNTH,)
             if cache is not None:
                 new_cache.append((_write(cache[i][0], k_BNTH, column), _write(cache[i][1], v_BNTH, column)))
                 if T == 1:
@@ -463,10 +462,10 @@ def _write(segments: Segments, new_BNTH: jax.Array, column: jax.Array | int) -> 
     new_BNTH = new_BNTH.astype(segments[0].dtype)
     for old_BNSH in segments:
         S = old_BNSH.shape[2]
-        if T > 1:  # at column 0
-            part_BNTH, at = new_BNTH[:, :, start : start + S], 0
+        at = jnp.clip(column - start, 0, S - 1)
+        if T > 1:  # column is 0
+            part_BNTH = new_BNTH[:, :, start : start + S]
         else:  # where the column is another segment's, this one gets back what it has
-            at = jnp.clip(column - start, 0, S - 1)
             here = (start <= column) & (column < start + S)
             part_BNTH = jnp.where(here, new_BNTH, jax.lax.dynamic_slice_in_dim(old_BNSH, at, 1, axis=2))
         written.append(jax.lax.dynamic_update_slice_in_dim(old_BNSH, part_BNTH, at, axis=2))

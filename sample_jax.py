@@ -12,6 +12,7 @@ Each sample is printed as its prompt and what follows, then a line of dashes. Re
 
 import ast
 import dataclasses
+import io
 import math
 import sys
 import time
@@ -177,11 +178,11 @@ class Clock:
 
 
 def load(config: SampleConfig, step_dir: Path | None, meta: dict[str, Any]) -> tuple[Any, Any]:
-    """Parameters on the device, and the model's configuration: of the run's checkpoint, or of GPT-2's weights."""
+    """The weights on the device, and the model's configuration: of the run's checkpoint, or of GPT-2's weights."""
     import jax
 
     import jax_train_utils as utils
-    from jax_transformer import GPTConfig, abstract_params
+    from jax_transformer import GPTConfig, abstract_params, decoding_weights
 
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device)
@@ -192,10 +193,11 @@ def load(config: SampleConfig, step_dir: Path | None, meta: dict[str, Any]) -> t
 
         with configurator.one_line_errors(jax_weights.WeightsError):
             params, model = jax_weights.load_weights(config.init_from)
-        return jax.device_put(params, sharding), dataclasses.replace(model, **inference)
+        model = dataclasses.replace(model, **inference)
+        return decoding_weights(jax.device_put(params, sharding), model), model
     model = GPTConfig(**{**meta["model"], **inference})
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params(model))
-    return jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model
+    return decoding_weights(jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model), model
 
 
 def main() -> None:
@@ -217,7 +219,7 @@ def main() -> None:
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
 
     # jax is imported only from here on, so that a mistake in the options is told at once
-    params, model = load(config, step_dir, meta)
+    weights, model = load(config, step_dir, meta)
     import jax
 
     import jax_generate
@@ -225,7 +227,7 @@ def main() -> None:
     def start(first_row: int, rows: list[list[int]], tokens_per_dispatch: int) -> Iterator[list[str]]:
         with configurator.one_line_errors(ValueError):
             chunks = jax_generate.stream(
-                params, model, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                weights, model, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, key=jax.random.key(config.seed),
                 vocab_size=min(codec.vocab_size, model.vocab_size), first_row=first_row,
                 tokens_per_dispatch=tokens_per_dispatch,
@@ -233,7 +235,8 @@ def main() -> None:
         return texts_so_far(clock.count(chunks), rows, codec, stops)
 
     clock = Clock(len(prompt_ids) * config.max_new_tokens, bar=not config.stream)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that the model writes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that the model writes
     if config.stream:
         for row, ids in enumerate(prompt_ids):
             shown = 0
@@ -242,8 +245,7 @@ def main() -> None:
                 shown = len(text)
             print("\n---------------")
     else:
-        for texts in start(0, prompt_ids, 16):
-            pass
+        *_, texts = start(0, prompt_ids, 16)
         for text in texts:
             print(text)
             print("---------------")

@@ -31,11 +31,17 @@ def test_bench_times_a_configuration_and_its_figures_fit_together(run, workdir):
     assert re.search(r"^time per iteration: \d+\.\d{4}ms, MFU: ", done.stdout, re.M)  # nanoGPT's line
     assert 1 <= len(result["profile"]) <= 10
     assert [row["ms"] for row in result["profile"]] == sorted((row["ms"] for row in result["profile"]), reverse=True)
+    generation = result["generation"]
+    assert generation["rows"] == 4 and generation["prompt_tokens"] == 8 and generation["new_tokens"] == 64
+    assert generation["prefill_ms"]["median"] > 0 and generation["decode_tokens_per_s"]["median"] > 0
+    assert re.search(r"^  generation       4 rows of 8 tokens: prefill .* ms .*, then [\d,]+ tok/s$", done.stdout, re.M)
     assert list((workdir / "bench_log").rglob("*.trace.json.gz"))
 
 
 def test_bench_without_the_data_set_takes_random_tokens_and_says_so(run):
-    done = run("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1")
+    done = run("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1",
+               "--new_tokens=0")  # fmt: skip
+    assert "generation" not in done.stdout
     assert "note: random tokens, since no data set 'nowhere'" in done.stdout
 
 
@@ -122,3 +128,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     }
     assert faults["kept"] < 50
     assert faults["as it is"] > 200  # 320 with pages of 2 MB, 160,000 with small ones
+
+
+def test_generation_is_compared_with_transformers_on_the_same_weights(tmp_path, environment):
+    pytest.importorskip("transformers")
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "generation.py"), "--batch_sizes=1,3", "--rounds=2", "--n_layer=2",
+        "--n_head=2", "--n_embd=16", "--block_size=32", "--vocab_size=50", "--prompt_tokens=8", "--new_tokens=20",
+        "--json=figures.json",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "figures.json").read_text())
+    weights = 4 * (50 * 16 + 2 * (12 * 16 * 16 + 13 * 16) + 2 * 16)
+    assert result["weight_bytes"] == weights
+    for rows, batch in result["batches"].items():
+        assert batch["same_tokens"] == 1.0
+        assert batch["limit"] == pytest.approx(int(rows) * result["bytes_per_s"] / weights)
+        assert len(batch["rounds"]) == 2 and all(min(r.values()) > 0 for r in batch["rounds"])
+    assert done.stdout.count("100% of the tokens are the same") == 2
+    refused = subprocess.run(
+        [*command, "--new_tokens=30"], cwd=tmp_path, env=environment, text=True, capture_output=True
+    )
+    assert refused.returncode == 2 and refused.stderr.startswith("error: 8 + 30 tokens do not fit in block_size=32")

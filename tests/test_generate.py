@@ -8,6 +8,7 @@ The comparison with transformers is skipped where it is not installed: pip insta
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,14 @@ def test_sampled_tokens_are_drawn_from_the_uncached_logits_with_the_rows_own_key
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch():
-    options = {"max_new_tokens": 14, "temperature": 1.5, "top_k": 12, "top_p": 0.95, "min_p": 0.01, "key": KEY}
+    options: dict[str, Any] = {
+        "max_new_tokens": 14,
+        "temperature": 1.5,
+        "top_k": 12,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "key": KEY,
+    }
     prompts = [PROMPTS[0][:5], PROMPTS[2][:8]]  # of one bucket
     together = generate(PARAMS, TINY, prompts, **options)
     assert together == [
@@ -223,7 +231,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("tokens_per_dispatch", [1, 3, 32])
 def test_a_stream_has_the_same_tokens_however_they_are_cut(tokens_per_dispatch):
-    options = {"max_new_tokens": 21, "temperature": 1.5, "key": KEY, "stop_tokens": [11, 17]}
+    options: dict[str, Any] = {"max_new_tokens": 21, "temperature": 1.5, "key": KEY, "stop_tokens": [11, 17]}
     rows: list[list[int]] = [[], [], []]
     for chunk in stream(PARAMS, TINY, PROMPTS, tokens_per_dispatch=tokens_per_dispatch, **options):
         assert max(map(len, chunk)) <= tokens_per_dispatch
@@ -237,7 +245,7 @@ def test_a_row_ends_before_its_stop_token_and_the_others_go_on():
     stops = [full[0][3], full[2][5]]
     expected = [next((ids[:i] for i in range(24) if ids[i] in stops), ids) for ids in full]
     assert [len(ids) for ids in expected] != [24] * 3  # or nothing is tested
-    options = {"max_new_tokens": 24, "temperature": 0, "key": KEY}
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0, "key": KEY}
     assert generate(PARAMS, TINY, PROMPTS, stop_tokens=stops, **options) == expected
     everything = list(range(TINY.vocab_size))
     chunks = list(stream(PARAMS, TINY, PROMPTS, stop_tokens=everything, **options))
@@ -255,7 +263,7 @@ def test_the_device_stops_as_soon_as_all_rows_have():
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
-    options = {"max_new_tokens": 15, "temperature": 50.0, "key": KEY}
+    options: dict[str, Any] = {"max_new_tokens": 15, "temperature": 50.0, "key": KEY}
     assert max(generate(PARAMS, TINY, [[6]], **options)[0]) > 20
     assert max(generate(PARAMS, TINY, [[6]], vocab_size=20, **options)[0]) < 20
     logits_BV = jnp.tile(jnp.arange(29.0), (500, 1))  # the padding would be likeliest
@@ -297,10 +305,16 @@ def test_prefill_compiles_once_a_bucket_and_decode_once_for_any_prompts(caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for pair in lengths:
             prompts = [random.integers(0, 31, length).tolist() for length in pair]
-            generate(params, config, prompts, max_new_tokens=20, key=jax.random.key(pair[0]), stop_tokens=[int(pair[1])])
+            generate(
+                params, config, prompts, max_new_tokens=20, key=jax.random.key(pair[0]), stop_tokens=[int(pair[1])]
+            )
     compiled = re.findall(r"Compiling jit\((_prefill|_decode|decoding_weights)\)", caplog.text)
     # Buckets 1, 2, 4, 8 and 16. Decode in the window, and past it.
-    assert {name: compiled.count(name) for name in set(compiled)} == {"_prefill": 5, "_decode": 2, "decoding_weights": 1}
+    assert {name: compiled.count(name) for name in set(compiled)} == {
+        "_prefill": 5,
+        "_decode": 2,
+        "decoding_weights": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -333,7 +347,7 @@ def test_a_bad_request_is_refused_at_once_with_one_message(change, message):
 # which tokens may be drawn
 
 
-def numpy_mask(logits: np.ndarray, temperature, top_k, top_p, min_p) -> np.ndarray:
+def numpy_mask(logits: np.ndarray, temperature, top_k, top_p, min_p) -> np.ndarray | None:
     """The tokens that stay, one row in float64; None where rounding could decide."""
     logits = logits.astype(np.float64) / temperature
     if top_k is not None:
@@ -385,8 +399,8 @@ def test_tokens_that_may_be_drawn_are_those_of_the_definitions(seed, choice):
 def test_a_tiny_temperature_takes_the_likeliest_token_and_gives_no_nan():
     likeliest_B = np.argmax(logits_BV := np.random.default_rng(0).normal(0, 3, (4, 37)), axis=1)
     for temperature in (1e-45, 1e-30, 1e-6):
-        for choice in ((None, None, None), (3, 0.9, 0.1)):
-            sampling = jax_generate.Sampling(temperature, *choice, 37)
+        for top_k, top_p, min_p in ((None, None, None), (3, 0.9, 0.1)):
+            sampling = jax_generate.Sampling(temperature, top_k, top_p, min_p, 37)
             drawn_B = jax_generate.draw(jnp.asarray(logits_BV), jax.random.split(KEY, 4), 0, sampling)
             assert drawn_B.tolist() == likeliest_B.tolist()
 
