@@ -11,7 +11,6 @@ Each sample is printed as its prompt and what follows, then a line of dashes. Re
 """
 
 import ast
-import dataclasses
 import io
 import math
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 import configurator
 import jax_checkpoint
 import jax_data
+import jax_weights
 from configurator import Between, ConfigError
 
 
@@ -177,8 +177,10 @@ class Clock:
 # model
 
 
-def load(config: SampleConfig, step_dir: Path | None, meta: dict[str, Any]) -> tuple[Any, Any]:
-    """The weights on the device, and the model's configuration: of the run's checkpoint, or of GPT-2's weights."""
+def load(
+    config: SampleConfig, step_dir: Path | None, meta: dict[str, Any], found: jax_weights.Weights | None
+) -> tuple[Any, Any]:
+    """The weights on the device, and the model's configuration: of the run's checkpoint, or those that were `found`."""
     import jax
 
     import jax_train_utils as utils
@@ -187,15 +189,11 @@ def load(config: SampleConfig, step_dir: Path | None, meta: dict[str, Any]) -> t
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device)
     sharding = utils.replicated(utils.make_mesh(devices[:1]))
-    inference = {"dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0}
-    if step_dir is None:
-        import jax_weights
-
-        with configurator.one_line_errors(jax_weights.WeightsError):
-            params, model = jax_weights.load_weights(config.init_from)
-        model = dataclasses.replace(model, **inference)
-        return decoding_weights(jax.device_put(params, sharding), model), model
-    model = GPTConfig(**{**meta["model"], **inference})
+    shape = meta["model"] if found is None else found.model
+    model = GPTConfig(**{**shape, "dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0})
+    if found is not None:
+        return decoding_weights(jax_weights.read_weights(found, sharding), model), model
+    assert step_dir is not None
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params(model))
     return decoding_weights(jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model), model
 
@@ -208,7 +206,7 @@ def main() -> None:
         raise ConfigError(f"{sources['top_p']}: top_p must be above 0; None is off")
     stops = stop_strings(config.stop)
     prompts = read_prompts(config)
-    step_dir, meta = None, {}
+    step_dir, meta, found = None, {}, None
     if config.init_from == "resume":
         step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
@@ -217,9 +215,11 @@ def main() -> None:
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
     codec = jax_data.make_codec(meta.get("codec"))  # without one it is GPT-2's
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
+    if config.init_from != "resume":
+        found = jax_weights.open_weights(config.init_from)
 
     # jax is imported only from here on, so that a mistake in the options is told at once
-    weights, model = load(config, step_dir, meta)
+    weights, model = load(config, step_dir, meta, found)
     import jax
 
     import jax_generate
@@ -254,4 +254,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     configurator.use_huge_pages()
-    configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError)
+    configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError, jax_weights.WeightsError)
