@@ -43,7 +43,9 @@ def load(path: Path) -> Any:
 @functools.cache
 def load_program(name: str) -> Any:
     if name.startswith("mlx"):
-        pytest.importorskip("mlx.core", reason="MLX is not installed", exc_type=ImportError)
+        pytest.importorskip(
+            "mlx.core", reason="no MLX here: pip install -r microgpt/mlx/requirements.txt", exc_type=ImportError
+        )
     return load(ROOT / "microgpt" / name / "main.py")
 
 

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="MLX is not installed", exc_type=ImportError)
+mx = pytest.importorskip(
+    "mlx.core", reason="no MLX here: pip install -r microgpt/mlx/requirements.txt", exc_type=ImportError
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
