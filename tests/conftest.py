@@ -44,6 +44,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One CPU device, nobody logged in anywhere, and one compilation cache for the session (this saves minutes)."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "WANDB_"))}
+    env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # large pages are a second start of each script
     env["HOME"] = str(tmp_path_factory.mktemp("home"))
     env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -616,3 +617,27 @@ def test_the_defaults_are_nanogpts():
     }  # fmt: skip
     defaults = asdict(TrainConfig())
     assert {key: defaults[key] for key in nanogpt} == nanogpt
+
+
+def test_scripts_start_again_once_with_large_pages_and_leave_a_users_choice_alone(tmp_path):
+    script = tmp_path / "script.py"
+    lines = ["import os, sys", "import configurator", "configurator.use_huge_pages()"]
+    lines.append("print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])")
+    script.write_text("\n".join(lines))
+
+    def started(**environment):
+        inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+        process = subprocess.Popen(
+            [sys.executable, str(script), "--a=b c"], text=True, stdout=subprocess.PIPE,
+            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        )  # fmt: skip
+        out, _ = process.communicate()
+        return process.pid, out
+
+    pid, out = started()
+    large = "glibc.malloc.hugetlb=1" if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+    assert out == f"{pid} {large} ['--a=b c']\n"  # the same process, with the same arguments
+    pid, out = started(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert out == f"{pid} glibc.malloc.hugetlb=0 ['--a=b c']\n"
+    pid, out = started(GLIBC_TUNABLES="glibc.malloc.check=0")
+    assert large is None or out == f"{pid} glibc.malloc.check=0:{large} ['--a=b c']\n"

@@ -45,7 +45,9 @@ def gpt2_run(workdir: Path) -> GPTConfig:
     params = jax.tree.map(lambda a: np.full(a.shape, 0.5, np.float32), abstract_params(config))
     codec = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
     saver = jax_checkpoint.Saver(workdir / "out", keep=1)
-    saver.save(3, params, {"none": np.zeros(1)}, {"model": vars(config), "codec": codec}, is_best=True)
+    about = {"model": vars(config), "codec": codec, "config": {}, "bad_steps": 0}
+    about |= dict.fromkeys(("best_val_loss", "evaluated_at", "wandb_run_id", "devices"))
+    saver.save(3, params, {"none": np.zeros(1)}, about, is_best=True)
     saver.close()
     return config
 

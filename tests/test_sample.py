@@ -15,7 +15,8 @@ import jax_checkpoint
 import jax_data
 import sample_jax
 from jax_train_utils import make_mesh, replicated
-from jax_transformer import GPTConfig, abstract_params, forward
+from jax_transformer import GPTConfig, abstract_params, forward, init_params
+from jax_weights import save_hf
 
 
 def samples(stdout: str, prompt: str) -> list[str]:
@@ -134,31 +135,20 @@ def test_stop_is_a_text_or_a_list_of_them(text, expected):
     assert sample_jax.stop_strings(text) == expected
 
 
-def test_sampling_from_weights_that_are_not_a_runs(run, workdir, monkeypatch):
-    """The loader is jax_weights.load_weights; here one of the same form stands in, with as many tokens as GPT-2's."""
-    (workdir / "jax_weights.py").write_text(WEIGHTS_STAND_IN)
+def test_sampling_from_weights_that_are_not_a_runs(run, workdir):
+    """Weights in transformers' form, and a tokenizer whose ids are the characters' numbers."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=200, bias=True)
+    save_hf(init_params(config, jax.random.key(0)), config, workdir / "some" / "folder")
     (workdir / "tiktoken.py").write_text(TIKTOKEN_STAND_IN)
     common = ("sample_jax.py", "--start=Hi", "--num_samples=2", "--max_new_tokens=5")
     done = run(*common, "--init_from=some/folder", PYTHONPATH=str(workdir))
     assert [len(text) for text in samples(done.stdout.split("some/folder\n")[-1], "Hi")] == [5, 5]
     refused = run(*common, "--init_from=nowhere", PYTHONPATH=str(workdir), expect=2)
-    assert refused.stderr == "error: nowhere has no weights\n"
+    assert refused.stderr.startswith("error: 'nowhere' is neither a GPT-2 nor a directory or file that is there")
+    assert refused.stderr.count("\n") == 1
     refused = run(*common, "--init_from=some/folder", "--start=\xff", PYTHONPATH=str(workdir), expect=2)
     assert refused.stderr == "error: prompt 0 has token id 255, which is not in the vocabulary of 200\n"
 
-
-WEIGHTS_STAND_IN = """
-import jax
-from jax_transformer import GPTConfig, init_params
-
-class WeightsError(ValueError): pass
-
-def load_weights(name_or_path):
-    if name_or_path == "nowhere":
-        raise WeightsError("nowhere has no weights")
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=200, dropout=0.1)
-    return init_params(config, jax.random.key(0)), config
-"""
 
 TIKTOKEN_STAND_IN = """
 class Encoding:
