@@ -11,7 +11,7 @@ JAX    := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 endif
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
 train: $(VENV)/train-$(JAX)  ## from nothing to a small GPT that writes Python-like text (2 CPU cores: 3 minutes)
 	@test -f data/stdlib_char/meta.json || $(BIN)/python data/stdlib_char/prepare.py
@@ -21,6 +21,9 @@ train: $(VENV)/train-$(JAX)  ## from nothing to a small GPT that writes Python-l
 
 test: $(VENV)/dev-$(JAX)  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
+test-all: $(VENV)/dev-$(JAX)  ## and its slow tests (2 CPU cores: 15 minutes)
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal -m ""
 
 check: $(VENV)/train-$(JAX)  ## a self check in under a minute
 	$(BIN)/python test_jax_transformer.py
@@ -53,4 +56,4 @@ $(VENV)/dev-$(JAX): pyproject.toml microgpt/mlx/requirements.txt $(VENV)/train-$
 	@$(INSTALL) -r microgpt/mlx/requirements.txt || echo "no MLX for this machine: tests of microgpt/mlx* will be skipped"
 	@touch $@
 
-.PHONY: help train test check torture lint clean
+.PHONY: help train test test-all check torture lint clean

@@ -16,6 +16,11 @@ import jax_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# GPT-2's tokenizer from the test inputs, where they are; else from tiktoken's own cache or the network
+TIKTOKEN_CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
+if TIKTOKEN_CACHE.is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_CACHE))
+
 # A model that compiles in a second, with everything switched on that could break exact resume.
 TINY = """
 n_layer = 2

@@ -38,6 +38,7 @@ def test_bench_times_a_configuration_and_its_figures_fit_together(run, workdir):
     assert list((workdir / "bench_log").rglob("*.trace.json.gz"))
 
 
+@pytest.mark.slow
 def test_bench_without_the_data_set_takes_random_tokens_and_says_so(run):
     done = run("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1",
                "--new_tokens=0")  # fmt: skip
@@ -50,6 +51,7 @@ def test_bench_mistake_is_one_line(run):
     assert run("bench_jax.py", "tiny.py", "--burn=3", expect=2).stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_compare_pairs_the_two_trainers_on_one_configuration(workdir, environment):
     nanogpt = workdir / "nanoGPT"
     nanogpt.mkdir()
@@ -95,6 +97,7 @@ def test_compiled_code_is_kept_in_the_users_cache_and_found_again(run, workdir):
     assert {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")} == entries
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(run, workdir):
     (workdir / "file").write_text("")
     nowhere = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "file")}

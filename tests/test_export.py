@@ -26,6 +26,7 @@ TOKENIZER = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.jso
 
 
 def needs_gpt2_tokenizer() -> None:
+    """Skip where neither the test inputs nor tiktoken's own cache nor the network have it."""
     try:
         make_codec(None)
     except DataError as error:
@@ -97,6 +98,7 @@ def test_gpt2s_codec_brings_its_tokenizer_and_padding_can_be_trimmed(run, workdi
     assert json.loads((workdir / "all" / "tokenizer_config.json").read_text())["model_max_length"] == 8
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_an_earlier_export_and_keeps_what_is_the_users(run, workdir, finished):
     run("export_jax.py", "--out_dir=finished", "--hf_dir=mine", "--checkpoint=10")
     (workdir / "mine" / "vocab.json").write_text("of another export")

@@ -120,7 +120,10 @@ def test_nanogpts_checkpoint_can_be_trained_on(run, tune):
     assert meta["model"]["gelu"] == "erf" and meta["model"]["bias"] is False and meta["model"]["block_size"] == 12
 
 
-@pytest.mark.parametrize("name", ["eval_gpt2_medium", "finetune_shakespeare"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl", "finetune_shakespeare"]
+)
 def test_config_file_for_gpt2s_weights_runs_as_it_is(run, tune, name):
     """On weights and data of our own under the names it asks for: as if they had been downloaded and prepared."""
     config = ROOT / "config" / f"{name}.py"

@@ -8,7 +8,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -278,7 +277,8 @@ def test_a_batch_of_sequences_is_each_of_them():
         np.testing.assert_allclose(logits_BTV[row], one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2] if os.environ.get("RUN_LARGE") else [0])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_batched_program_reaches_the_loss_it_should(seed, monkeypatch, capsys):
     names = next((path for path in NAMES_TXT if path.exists()), None)
     if names is None:

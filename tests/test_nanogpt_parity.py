@@ -103,6 +103,7 @@ def test_fixture_clips_most_updates_but_not_all(variant):
     assert steps.UPDATES / 2 < clipped < steps.UPDATES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"grad_clip": 0.0}, {"weight_decay": 0.0}], ids=str)
 def test_fixture_would_notice_another_optimizer(change):
     # What the comparison is worth: an optimizer that leaves something out is off by a hundred times its tolerance.

@@ -536,6 +536,7 @@ def test_openwebtext_takes_the_hubs_parquet_from_where_it_lies(repo, tmp_path, o
         assert_one_line(done, outcome, "--source=DIR")
 
 
+@pytest.mark.slow
 def test_openwebtext_stopped_by_ctrl_c_says_how_to_go_on_and_leaves_no_process(repo, tmp_path):
     source = tmp_path / "source"
     source.mkdir()

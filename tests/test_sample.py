@@ -36,6 +36,7 @@ def test_samples_are_text_of_the_vocabulary_in_nanogpts_form(run, workdir, finis
     assert set("".join(texts)) <= set("the cat sat on a mat and dog ran to my house")
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_and_row_only(run, finished):
     def draw(*args: str) -> list[str]:
         common = ("--out_dir=finished", "--start=a dog", "--max_new_tokens=20")

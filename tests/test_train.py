@@ -126,6 +126,7 @@ def test_ten_and_ten_more_iterations_equal_twenty_bit_for_bit(run, workdir, fini
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch_goes_on_with_its_order(run, workdir, finished):
     epoch = ("tiny.py", "--sampling=epoch", "--eval_interval=7")
     run("train_jax.py", *epoch, "--out_dir=straight")
@@ -215,6 +216,7 @@ def test_killed_run_resumes_to_the_same_losses(run, workdir, environment):
     assert without_times(metrics(workdir / "out")) == without_times(metrics(workdir / "straight"))
 
 
+@pytest.mark.slow
 def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
     run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=2")
     wreck = (
@@ -229,6 +231,7 @@ def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
     assert "training diverged at iteration 3" in the_error(done)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_as_float32_does(run, workdir, finished):
     done = run("train_jax.py", "tiny.py", "--dtype=bfloat16")
     assert "computing in bfloat16 on 1 x cpu" in done.stdout
@@ -389,6 +392,7 @@ def test_best_is_the_lowest_validation_loss_and_latest_is_kept_beside_it(run, wo
     assert sorted(p.name for p in (workdir / "out" / "checkpoints").iterdir()) == ["25", "30"]
 
 
+@pytest.mark.slow
 def test_log_interval_keep_checkpoints_and_no_updates_at_all(run, workdir):
     run("train_jax.py", "tiny.py", "--max_iters=0")
     assert [list(r) for r in metrics(workdir / "out")] == [["iter", "train/loss", "val/loss", "lr", "mfu"]]
