@@ -53,8 +53,10 @@ class SaveError(Exception):
     """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good."""
 
     def __init__(self, step_dir: Path, cause: BaseException):
-        said = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-        super().__init__(f"saving checkpoint {step_dir} failed: {' '.join(said.split())[:500]}")
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        if len(said) > 300:  # tensorstore names many paths, and the reason at the end
+            said = f"{said[:100]} ... {said[-160:]}"
+        super().__init__(f"saving checkpoint {step_dir} failed: {said}")
         self.step = int(step_dir.name)
 
 
@@ -73,7 +75,8 @@ def _checksum(files: dict[str, dict]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _fsync_dir(path: Path) -> None:
+def _fsync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,8 +94,8 @@ def write_manifest(step_dir: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(step_dir / MANIFEST)
-    _fsync_dir(step_dir)
-    _fsync_dir(step_dir.parent)
+    _fsync(step_dir)
+    _fsync(step_dir.parent)
 
 
 def find_fault(step_dir: Path) -> str | None:
@@ -280,17 +283,22 @@ def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
 
 
 class Saver:
-    """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError."""
+    """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError.
+
+    The arrays are copied to the host, and all the rest happens in a thread of its own. orbax's asynchronous saving of
+    device arrays would keep the training thread longer, and take twice the time of a CPU.
+    """
 
     def __init__(self, out_dir: Path, keep: int):
         import orbax.checkpoint as ocp
 
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
+        self.log = Path(out_dir) / "metrics.jsonl"
         self.keep = keep
         _leave_failures_to_us()
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
-        self._sealing: tuple[int, Future] | None = None
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._saving: tuple[int, Future] | None = None
         self._has_failed = False
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
@@ -299,35 +307,30 @@ class Saver:
     def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool) -> None:
         """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step.
 
-        Raises SaveError if it cannot even be started, or if the save before it failed and nobody has asked (`wait`).
+        Raises SaveError if the save before it failed and nobody has asked (`wait`).
         """
-        import orbax.checkpoint as ocp
-
         self.wait()
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave({"schema": SCHEMA, "step": step, **meta}),
-        )
-        try:
-            self._orbax.save(self.root / str(step), args=args, force=True)
-        except Exception as error:  # orbax has no common base class for its errors
-            self._remove_leftovers()
-            raise SaveError(self.root / str(step), error) from error
-        self._sealing = step, self._sealer.submit(self._seal, step, is_best)
+        arrays = _to_host({"params": params, "opt_state": opt_state})
+        meta = {"schema": SCHEMA, "step": step, **meta}
+        self._saving = step, self._thread.submit(self._save, step, arrays, meta, is_best)
 
     def copy_to_best(self, step: int) -> None:
         """Make best/ a copy of a step saved before."""
         self.wait()
-        self._sealing = step, self._sealer.submit(self._copy_to_best, self.root / str(step))
+        self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
 
-    def _seal(self, step: int, is_best: bool) -> None:
+    def _save(self, step: int, arrays: dict[str, Any], meta: dict[str, Any], is_best: bool) -> None:
+        import orbax.checkpoint as ocp
+
         step_dir = self.root / str(step)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         try:
-            self._orbax.wait_until_finished()
+            self._orbax.save(step_dir, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True)
             # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
             if is_best:
                 self._copy_to_best(step_dir)
+            if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
+                _fsync(self.log)
             write_manifest(step_dir)
         except BaseException:
             self._remove_leftovers()  # a full disk needs the room
@@ -361,30 +364,41 @@ class Saver:
                 shutil.rmtree(leftover, ignore_errors=True)  # it does not count: no reason to fail
 
     def wait(self) -> None:
-        """Until the save under way is sealed. Raises SaveError, once, if it failed."""
-        if self._sealing is None:
+        """Until the save under way is through. Raises SaveError, once, if it failed."""
+        if self._saving is None:
             return
-        (step, sealing), self._sealing = self._sealing, None
-        if (error := sealing.exception()) is not None:
+        (step, saving), self._saving = self._saving, None
+        if (error := saving.exception()) is not None:
             self._has_failed = True
             raise SaveError(self.root / str(step), error) from error
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile; never waits."""
-        if self._sealing is not None and self._sealing[1].done():
+        if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def close(self) -> None:
-        """Finish the save under way and stop the threads."""
+        """Finish the save under way and stop the thread."""
         try:
             self.wait()
         finally:
-            self._sealer.shutdown()
+            self._thread.shutdown()
             self._orbax.close()
             # A failed save ends at its first error; what else it was writing may come after the first clean-up.
             for _ in range(5 if self._has_failed else 0):
                 self._remove_leftovers()
                 time.sleep(0.1)
+
+
+def _to_host(tree: Any) -> Any:
+    """Copies of a tree's arrays as numpy's. They stay as they are when the arrays are donated."""
+    import jax
+    import numpy as np
+
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+    # host-device sync. On a CPU numpy would look at the very memory that is going to be donated.
+    return jax.tree.map(lambda a: np.array(a) if next(iter(a.devices())).platform == "cpu" else np.asarray(a), tree)
 
 
 def _leave_failures_to_us() -> None:

@@ -225,7 +225,7 @@ class RunLog:
         self._record({"iter": iter, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": self.mfu})
 
     def sync(self) -> None:
-        """Bring metrics.jsonl to the disk: called before a checkpoint is sealed, which vouches for what came before.
+        """Bring metrics.jsonl to the disk. (A checkpoint does so too before it is sealed: jax_checkpoint.)
 
         Where the disk does not take it, the lines stay in memory until it does: weights matter more than their log.
         """
