@@ -8,6 +8,7 @@ A step without a manifest that verifies does not exist: orbax itself restores a 
 verifying and reading `meta` need neither orbax nor jax, so that a bad command line is refused before they are imported.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -293,7 +294,7 @@ class Saver:
         import orbax.checkpoint as ocp
 
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
-        self.log = Path(out_dir) / "metrics.jsonl"
+        self.log = self.root.parent / "metrics.jsonl"
         self.keep = keep
         _leave_failures_to_us()
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
@@ -330,7 +331,8 @@ class Saver:
             if is_best:
                 self._copy_to_best(step_dir)
             if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
-                _fsync(self.log)
+                with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
+                    _fsync(self.log)
             write_manifest(step_dir)
         except BaseException:
             self._remove_leftovers()  # a full disk needs the room

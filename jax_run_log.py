@@ -224,16 +224,10 @@ class RunLog:
         self.last_evaluation = iter
         self._record({"iter": iter, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": self.mfu})
 
-    def sync(self) -> None:
-        """Bring metrics.jsonl to the disk. (A checkpoint does so too before it is sealed: jax_checkpoint.)
-
-        Where the disk does not take it, the lines stay in memory until it does: weights matter more than their log.
-        """
-        if self.file is None:
-            return
-        self._write(b"")
-        with contextlib.suppress(OSError):  # of a network disk that is full: told when a line cannot be written
-            os.fsync(self.file.fileno())
+    def retry(self) -> None:
+        """Write the lines that a full disk did not take, if there are any. They stay in memory until it does."""
+        if self.unwritten:
+            self._write(b"")
 
     def _write(self, line: bytes) -> None:
         """Append to metrics.jsonl, after what it could not take before."""
@@ -260,7 +254,9 @@ class RunLog:
             self.bar.close()
             self.bar = None
         if self.file is not None:
-            self.sync()
+            self.retry()
+            with contextlib.suppress(OSError):  # of a network disk that is full: told when a line cannot be written
+                os.fsync(self.file.fileno())
             if self.unwritten:
                 lines = self.unwritten.count(b"\n")
                 complain(f"error: the last {lines} lines of metrics.jsonl could not be written")

@@ -432,6 +432,7 @@ def main() -> int:
         with telling_of_a_failed_save():
             saver.wait()  # for the one before
         log.say(f"saving checkpoint to {out_dir}")
+        log.retry()  # a checkpoint of step k promises that the log up to k is on disk
         about = {"config": options, "model": dataclasses.asdict(model), "codec": codec, "devices": where}
         saved_at, last_save_failed = progress.step, False
         with telling_of_a_failed_save():

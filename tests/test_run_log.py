@@ -199,7 +199,7 @@ def test_records_come_back_as_they_went_in(tmp_path):
         },
     ]
     assert read_metrics(tmp_path / "metrics.jsonl") == [strict_json(line) for line in lines]
-    log.sync()
+    log.retry()
     log.close()
 
 
@@ -219,7 +219,7 @@ def test_without_an_out_dir_nothing_is_written(tmp_path, monkeypatch):
     log = make_log(None)
     log.iteration(0, 4.0, 1e-3, 1.0, 0.01)
     log.evaluation(0, 4.0, 4.0, 1e-3)
-    log.sync()
+    log.retry()
     log.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -306,7 +306,7 @@ def run_from(log: RunLog, start: int, eval_interval: int, log_interval: int) -> 
             if log.last_evaluation != k:
                 log.evaluation(k, 4 / (k + 1), 4.1 / (k + 1), 1e-3)
             if k > 0:
-                log.sync()
+                log.retry()
                 checkpoints.append(((log.out_dir / "metrics.jsonl").stat().st_size, k))
         if k < log.max_iters and k % log_interval == 0:
             log.iteration(k, 4.2 / (k + 1), 1e-3, 1.0, 0.01)
