@@ -32,7 +32,8 @@ import configurator
 import jax_data
 import jax_run_log
 from configurator import Between, ConfigError
-from train_jax import MODEL_SHAPE, AtLeast1, TrainConfig
+from jax_options import MODEL_SHAPE
+from train_jax import AtLeast1, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -242,15 +242,9 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     """
     import orbax.checkpoint as ocp
 
-    # Every item is named, also those not asked for: orbax warns about items it has no handler for.
-    handler = ocp.CompositeCheckpointHandler(
-        params=ocp.StandardCheckpointHandler(),
-        opt_state=ocp.StandardCheckpointHandler(),
-        meta=ocp.JsonCheckpointHandler(),
-    )
     path = step_dir.resolve()  # orbax refuses a relative path
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with _checkpointer() as checkpointer:
             on_disk = checkpointer.metadata(path).item_metadata
             for name, wanted in items.items():
                 if name not in on_disk:
@@ -261,6 +255,24 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     except FileNotFoundError as error:  # the trainer of this run keeps only the newest
         raise CheckpointError(f"{step_dir} was removed while it was being read; run the same command again") from error
     return {name: restored[name] for name in items}
+
+
+def _checkpointer() -> Any:
+    """orbax for the items of a step, in this process alone: where several train, it would have each wait for all."""
+    import jax
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    # Every item is named, also those that are not asked for: orbax warns about items it has no handler for.
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        opt_state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
@@ -290,16 +302,18 @@ class Saver:
     device arrays would keep the training thread longer, and take twice the time of a CPU.
     """
 
-    def __init__(self, out_dir: Path, keep: int):
-        import orbax.checkpoint as ocp
-
+    def __init__(self, out_dir: Path | None, keep: int):
+        """out_dir None: nothing is saved, as in all processes but the first."""
+        self._saving: tuple[int, Future] | None = None
+        self.saves = out_dir is not None
+        if out_dir is None:
+            return
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
         self.log = self.root.parent / "metrics.jsonl"
         self.keep = keep
         _leave_failures_to_us()
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = _checkpointer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._saving: tuple[int, Future] | None = None
         self._has_failed = False
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
@@ -311,6 +325,8 @@ class Saver:
         Raises SaveError if the save before it failed and nobody has asked (`wait`).
         """
         self.wait()
+        if not self.saves:
+            return
         arrays = _to_host({"params": params, "opt_state": opt_state})
         meta = {"schema": SCHEMA, "step": step, **meta}
         self._saving = step, self._thread.submit(self._save, step, arrays, meta, is_best)
@@ -318,7 +334,8 @@ class Saver:
     def copy_to_best(self, step: int) -> None:
         """Make best/ a copy of a step saved before."""
         self.wait()
-        self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
+        if self.saves:
+            self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
 
     def _save(self, step: int, arrays: dict[str, Any], meta: dict[str, Any], is_best: bool) -> None:
         import orbax.checkpoint as ocp
@@ -381,6 +398,8 @@ class Saver:
 
     def close(self) -> None:
         """Finish the save under way and stop the thread."""
+        if not self.saves:
+            return
         try:
             self.wait()
         finally:

@@ -246,8 +246,9 @@ def get_batch(
     block_size: int,
     sampling: str = "random",
     vocab_size: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batch of one step: (x_BT, y_BT), int32, where y is x moved on by one token.
+    """The batch of one step: (x_BT, y_BT), int32, where y is x moved on by one token; with `rows`, those of its rows.
 
     A pure function of its arguments and the files. split is 'train', 'val' or 'train_eval', which reads
     train.bin in a stream of its own. sampling is 'random' (crops anywhere; row i does not depend on
@@ -258,7 +259,7 @@ def get_batch(
     starts_B = batch_starts(
         data_dir, split, step, seed=seed, batch_size=batch_size, block_size=block_size, sampling=sampling
     )
-    rows_BW = _windows_of(data_dir, split, block_size)[starts_B]
+    rows_BW = _windows_of(data_dir, split, block_size)[starts_B if rows is None else starts_B[rows]]
     if vocab_size is not None and rows_BW.max() >= vocab_size:
         raise DataError(f"{data_dir}: a token id in the {split} data is {rows_BW.max()}, not below {vocab_size}")
     return rows_BW[:, :-1].astype(np.int32), rows_BW[:, 1:].astype(np.int32)

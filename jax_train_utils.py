@@ -175,6 +175,8 @@ def keep_compiled_code() -> None:
 def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     """The devices behind `--device`: auto, cpu, cuda, gpu, tpu, mps (a CPU here), or one of several, as cuda:1.
 
+    Where several processes train together, they are those of all.
+
     Raises ValueError if JAX has none of that kind. Must come before JAX is first used, which it also prepares:
     `keep_freed_memory`, `keep_compiled_code`, and with `deterministic` a GPU that gives the same bits every time.
     """
@@ -192,7 +194,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     keep_freed_memory()
     keep_compiled_code()
     try:
-        devices = jax.local_devices()
+        devices = jax.devices()
         missing = None
     except (RuntimeError, AssertionError) as error:  # which of them depends on the platform that is missing
         missing = next(iter(str(error).splitlines()), "JAX was installed without it")
@@ -203,6 +205,10 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
     if index:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"device={device} is one device, and there are {jax.process_count()} processes to share it"
+            )
         if int(index) >= len(devices):
             raise ValueError(f"device={device}: JAX sees {len(devices)} such devices, numbered from 0")
         devices = [devices[int(index)]]
@@ -230,21 +236,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def shard_rows(rows_RT: np.ndarray, micro_batches: int, mesh: Mesh) -> jax.Array:
     """Host rows (R, T) -> device array (A, B, T), B spread over the mesh. Rows keep their order.
 
+    Where several processes share the mesh, the rows are this process's own: `own_rows`.
+
     The reshape is done here, on the host: inside the compiled step it would lose the sharding.
     """
     rows_ABT = rows_RT.reshape(micro_batches, -1, rows_RT.shape[-1])
-    return jax.device_put(rows_ABT, NamedSharding(mesh, P(None, "data", None)))
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, "data", None)), rows_ABT)
+
+
+def own_rows(rows: int, micro_batches: int, mesh: Mesh) -> np.ndarray:
+    """The numbers of the rows, of `rows` in all, that this process's devices compute: all, where it is alone."""
+    devices = list(mesh.devices.flat)
+    here = [number for number, device in enumerate(devices) if device.process_index == jax.process_index()]
+    return np.arange(rows).reshape(micro_batches, len(devices), -1)[:, here].ravel()
 
 
 def pad_rows(rows_RT: np.ndarray, batch_size: int, devices: int) -> tuple[np.ndarray, int]:
     """Repeat the last row until full micro-batches of at most `batch_size` rows a device come out: (rows, how many).
 
-    For evaluation, where losses are per row and the surplus is dropped again.
+    Of rows or of their numbers alone. For evaluation, where losses are per row and the surplus is dropped again.
     """
     rows = len(rows_RT)
     per_micro_batch = devices * min(batch_size, -(-rows // devices))
     micro_batches = -(-rows // per_micro_batch)
-    return np.pad(rows_RT, ((0, micro_batches * per_micro_batch - rows), (0, 0)), mode="edge"), micro_batches
+    return rows_RT[np.minimum(np.arange(micro_batches * per_micro_batch), rows - 1)], micro_batches
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,11 +359,13 @@ def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: G
 
 
 def compile_eval(config: GPTConfig, mesh: Mesh | None = None):
-    """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB. On several devices each takes its own rows."""
+    """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB. On several devices each takes its own rows.
+
+    Every device then gets the losses of all, so that every process sees the same evaluation.
+    """
     losses = functools.partial(eval_losses, config=config)
-    if mesh is not None and mesh.size > 1:
-        rows = P(None, "data", None)
-        losses = jax.shard_map(
-            losses, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "data"), check_vma=False
-        )
-    return jax.jit(losses)
+    if mesh is None or mesh.size == 1:
+        return jax.jit(losses)
+    rows = P(None, "data", None)
+    losses = jax.shard_map(losses, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "data"), check_vma=False)
+    return jax.jit(losses, out_shardings=replicated(mesh))

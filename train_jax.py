@@ -1,4 +1,4 @@
-"""Train a GPT. One script for a laptop, one GPU, and a node of them.
+"""Train a GPT. One script for a laptop, one GPU, a node of them, and several nodes.
 
 python train_jax.py config/train_shakespeare_char.py                  a first model, minutes on a GPU
 python train_jax.py config/train_shakespeare_char.py --batch_size=32  flags win over config files
@@ -7,6 +7,7 @@ python train_jax.py --init_from=resume --eval_only=True               evaluate a
 python train_jax.py config/finetune_shakespeare.py --init_from=gpt2   from GPT-2's weights
 python train_jax.py config/train_gpt2.py --wandb_log=True             GPT-2 (124M) on OpenWebText
 python train_jax.py config/train_gpt2.py --print_config=True          where does each value come from?
+srun --ntasks-per-node=1 python train_jax.py config/train_gpt2.py     on all nodes of a SLURM job
 """
 
 import atexit
@@ -15,8 +16,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ import configurator
 import jax_checkpoint
 import jax_data
 import jax_lock
+import jax_options
+import jax_processes
 import jax_run_log
 import jax_weights
 from configurator import Between, ConfigError
@@ -88,12 +89,10 @@ class TrainConfig:
     backend: str = "nccl"  # no meaning here: JAX picks its own. Accepted for nanoGPT's command lines
 
 
-NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite", "print_config")
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
 EVAL_SEED = 1337  # whatever --seed: runs of several seeds are compared on the same rows
 
 SHOWN_ROWS = 16  # of a batch that diverged
-EXIT_MACHINE_FAILED, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 3, 75, 130  # 2 is bad usage or bad input
+EXIT_MACHINE_FAILED, EXIT_DIVERGED, EXIT_STOPPED = 1, 3, 75  # 2: bad usage or bad input; 130: a second Ctrl-C
 
 
 class DivergenceError(Exception):
@@ -114,144 +113,6 @@ class Progress:
     bad_steps: int = 0  # updates skipped because loss or gradient was not finite
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# options
-
-
-def check_options(config: TrainConfig, sources: dict[str, str]) -> None:
-    """The rules between options, and for out_dir. Raises ConfigError."""
-
-    def named(key: str) -> str:
-        return f"{key}={getattr(config, key)} ({sources.get(key, 'default')})"
-
-    from_weights = config.init_from not in ("scratch", "resume")  # which have the shape of the model, too
-    if config.n_embd % config.n_head and not from_weights:
-        raise ConfigError(f"{named('n_embd')} is not divisible by {named('n_head')}; choose another of them")
-    if from_weights:
-        try:
-            jax_weights.find_weights(config.init_from)
-        except jax_weights.WeightsError as error:
-            raise ConfigError(f"{named('init_from')} is neither scratch nor resume: {error}") from None
-    if config.checkpoint != "latest" and not (config.init_from == "resume" and config.eval_only):
-        raise ConfigError(f"{named('checkpoint')} is for --init_from=resume --eval_only=True")
-    if config.overwrite and (config.init_from == "resume" or config.eval_only):
-        raise ConfigError(f"{named('overwrite')} removes the run, which resume and eval_only need; leave it out")
-    out_dir = Path(config.out_dir)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
-    if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_checkpoint.holds_run(out_dir):
-        raise ConfigError(
-            f"{named('out_dir')} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
-        )
-    for key in ("compile", "backend"):
-        if key in sources:
-            print(f"note: {key} has no meaning here: JAX always compiles, and picks its own backend")
-    if config.decay_lr and config.min_lr > config.learning_rate:
-        print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
-
-
-def inherit_options(step_dir: Path, meta: dict[str, Any]) -> tuple[TrainConfig, dict[str, str]]:
-    """On resume: the options the run was saved with, overridden by those given now, and where these came from.
-
-    Raises ConfigError if one given now contradicts the model in the checkpoint.
-    """
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in NEVER_INHERITED]
-    there = {key: meta["config"][key] for key in names if key in meta["config"]}
-    saved = dataclasses.replace(TrainConfig(), **configurator.checked(TrainConfig, there, f"{step_dir}/meta"))
-    config, sources = configurator.parse_with_sources(TrainConfig, default=saved, quiet=True)
-    for key in names:
-        before, now = getattr(saved, key), getattr(config, key)
-        if now != before and key in MODEL_SHAPE:
-            raise ConfigError(
-                f"{key}={now} ({sources[key]}) contradicts the checkpoint {step_dir}, which has {key}={before}; "
-                f"leave it out, or start another run with its own --out_dir"
-            )
-        if now != before:
-            print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
-    return config, sources
-
-
-def adopt_shape(config: TrainConfig, sources: dict[str, str], model: dict[str, Any]) -> TrainConfig:
-    """With --init_from=gpt2 and the like: the options with the shape of the weights' model, `model`.
-
-    A shorter block_size crops the model. Raises ConfigError if another option given contradicts the weights.
-    """
-    shape = {key: model[key] for key in MODEL_SHAPE}
-    for key in shape.keys() & sources.keys():
-        given = getattr(config, key)
-        if key == "block_size" and given < shape[key]:
-            shape[key] = given
-        elif given != shape[key]:
-            what = "is longer than" if key == "block_size" else "contradicts"
-            raise ConfigError(
-                f"{key}={given} ({sources[key]}) {what} init_from={config.init_from}, whose weights have "
-                f"{key}={shape[key]}; leave it out"
-            )
-    return dataclasses.replace(config, **shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# set-up
-
-
-def open_data(
-    config: TrainConfig, meta: dict[str, Any] | None, weights: jax_weights.Weights | None
-) -> tuple[Path, dict[str, Any], int]:
-    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
-
-    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with, or if the data's
-    is larger than that of the weights to start from.
-    """
-    data_dir = jax_data.find_data_dir(config.dataset)
-    found: dict[str, Any] | None = jax_data.load_meta(data_dir)
-    if found is None:
-        print(f"no meta.json in {data_dir}: its tokens are taken for GPT-2's, as nanoGPT does")
-        found = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
-    else:
-        print(f"found vocab_size = {found['vocab_size']} (inside {data_dir})")
-    codec: dict[str, Any] = {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
-    if meta is not None:
-        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
-            raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
-        vocab_size = meta["model"]["vocab_size"]
-    elif weights is not None:
-        vocab_size = weights.model["vocab_size"]
-        if found["vocab_size"] > vocab_size:
-            raise ConfigError(
-                f"dataset={config.dataset} has a vocabulary of {found['vocab_size']}, but the weights of "
-                f"init_from={config.init_from} know {vocab_size} tokens; prepare the data with their tokenizer"
-            )
-        if config.init_from in jax_weights.HUB and codec["tokenizer"] != "gpt2":
-            print(f"note: {config.init_from} knows GPT-2's tokens, and those of {data_dir} are {codec['tokenizer']}")
-    elif codec["tokenizer"] == "gpt2":
-        vocab_size = 50304
-        print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
-    else:
-        vocab_size = found["vocab_size"]
-    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
-    return data_dir, codec, vocab_size
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C: finish the step under way, save, exit 75. A second Ctrl-C stops at once, without saving."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def listen(self) -> None:
-        signal.signal(signal.SIGTERM, self._request)
-        signal.signal(signal.SIGINT, self._request)
-
-    def _request(self, signum: int, _frame: object) -> None:
-        if self.signal == signal.SIGINT == signum:
-            with contextlib.suppress(OSError):
-                os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
-            os._exit(EXIT_INTERRUPTED)
-        self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
-        with contextlib.suppress(OSError):  # a console that is gone
-            os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
-
-
 def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
     """A function from parameters to (train loss, val loss), means over eval_iters batches of each split.
 
@@ -261,30 +122,35 @@ def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[
 
     eval_losses = utils.compile_eval(model, mesh)
     rows = config.eval_iters * config.batch_size
+    padded_R, micro_batches = utils.pad_rows(np.arange(rows), config.batch_size, mesh.size)
+    own_rows = padded_R[utils.own_rows(len(padded_R), micro_batches, mesh)]
 
     @functools.cache
     def rows_of(split: str) -> list:
         pair = jax_data.get_batch(
             data_dir, split, 0, seed=EVAL_SEED, batch_size=rows, block_size=config.block_size,
-            sampling="spread", vocab_size=model.vocab_size,
+            sampling="spread", vocab_size=model.vocab_size, rows=own_rows,
         )  # fmt: skip
-        return [utils.shard_rows(*utils.pad_rows(rows_RT, config.batch_size, mesh.size), mesh) for rows_RT in pair]
+        return [utils.shard_rows(rows_RT, micro_batches, mesh) for rows_RT in pair]
+
+    def mean_loss(params: Any, split: str) -> float:
+        losses_AB = eval_losses(params, *rows_of(split))
+        return float(np.asarray(losses_AB).reshape(-1)[:rows].mean())  # host-device sync
 
     def evaluate(params: Any) -> tuple[float, float]:
-        losses = [eval_losses(params, *rows_of(split)) for split in ("train_eval", "val")]
-        train_loss, val_loss = (np.asarray(a).reshape(-1)[:rows].mean() for a in losses)  # host-device sync
-        return float(train_loss), float(val_loss)
+        return mean_loss(params, "train_eval"), mean_loss(params, "val")
 
     return evaluate
 
 
-def main() -> int:
+def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     config, sources = configurator.parse_with_sources(TrainConfig)
     out_dir = Path(config.out_dir)
     meta = None
-    stop = StopRequest()
+    stop = jax_processes.StopRequest()
     if not (config.eval_only or config.print_config):
-        jax_lock.check(out_dir)
+        if processes.is_first:
+            jax_lock.check(out_dir)
         if config.init_from == "resume":  # all there is is saved already, so that a signal can be answered with 75
             stop.listen()
     steps_there = jax_checkpoint.sealed_steps(out_dir)
@@ -292,22 +158,26 @@ def main() -> int:
         step_dir, skipped = jax_checkpoint.find(out_dir, config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="")
         meta = jax_checkpoint.read_meta(step_dir)
-        config, sources = inherit_options(step_dir, meta)
+        config, sources = jax_options.inherit_options(TrainConfig(), step_dir, meta)
     if config.print_config:
-        labels = dict.fromkeys(NEVER_INHERITED, "default") | sources
+        labels = dict.fromkeys(jax_options.NEVER_INHERITED, "default") | sources
         if config.init_from not in ("scratch", "resume"):
-            labels = dict.fromkeys(MODEL_SHAPE, f"default; {config.init_from} decides") | labels
+            labels = dict.fromkeys(jax_options.MODEL_SHAPE, f"default; {config.init_from} decides") | labels
         configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint")
         return 0
-    check_options(config, sources)
+    jax_options.check_options(config, sources)
     weights = None
     if config.init_from not in ("scratch", "resume"):
         jax_data.find_data_dir(config.dataset)  # before a download of gigabytes
         weights = jax_weights.open_weights(config.init_from)
-        config = adopt_shape(config, sources, weights.model)
-    data_dir, codec, vocab_size = open_data(config, meta, weights)
+        config = jax_options.adopt_shape(config, sources, weights.model)
+    data_dir, codec, vocab_size = jax_options.open_data(config, meta, weights)
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
+    files = {f"the size of {split}.bin": (data_dir / f"{split}.bin").stat().st_size for split in ("train", "val")}
+    options = dataclasses.asdict(config)
+    start_from = config.init_from if meta is None else str(step_dir)
+    jax_processes.meet(processes, options | files | {"init_from": start_from})
 
     # ------------------------------------------------------------------------------------------------------------------
     # devices. jax is imported only here, so that a mistake in options or data is told at once
@@ -320,6 +190,11 @@ def main() -> int:
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device, config.deterministic)
     layout = utils.lay_out(rows, config.batch_size, len(devices))
+    if layout.devices < len(devices) and processes.count > 1:
+        raise ConfigError(
+            f"an iteration's {rows} rows (batch_size x gradient_accumulation_steps) do not spread evenly over the "
+            f"{len(devices)} devices of {processes.count} processes; make them a multiple of {len(devices)}"
+        )
     if layout.devices < len(devices):
         idle = ", ".join(map(str, devices[layout.devices :]))
         print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
@@ -334,7 +209,7 @@ def main() -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # model, optimizer, state
 
-    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    shape = {key: getattr(config, key) for key in jax_options.MODEL_SHAPE}
     model = GPTConfig(**shape, vocab_size=vocab_size, dropout=config.dropout, dtype=dtype)
     optimizer = utils.make_optimizer(
         beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
@@ -375,11 +250,11 @@ def main() -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # run directory, logs, checkpoints. Nothing on disk was touched before, and with eval_only nothing is
 
-    options = dataclasses.asdict(config)
     wandb_run = None
     if meta is not None and (out_dir / "metrics.jsonl").exists():
         jax_run_log.read_metrics(out_dir / "metrics.jsonl")  # a damaged log is told before anything is written
-    if not config.eval_only:
+    writes = processes.is_first and not config.eval_only
+    if writes:
         out_dir.mkdir(parents=True, exist_ok=True)
         atexit.register(jax_lock.acquire(out_dir).release)
         stop.listen()  # from here on a signal saves, before the first step too
@@ -397,7 +272,7 @@ def main() -> int:
             progress.wandb_run_id = progress.wandb_run_id if wandb_run is None else wandb_run.id
     peak = jax_run_log.peak_flops(devices[0].device_kind, dtype)
     log = jax_run_log.RunLog(
-        None if config.eval_only else out_dir,
+        out_dir if writes else None,
         resume_step=None if meta is None else progress.step,
         max_iters=config.max_iters,
         tokens_per_iter=rows * config.block_size,
@@ -405,11 +280,13 @@ def main() -> int:
         peak=None if peak is None else peak * layout.devices,
         wandb_run=wandb_run,
     )
+    saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
+    jax_processes.ready(processes)
     if config.eval_only:
         log.evaluation(progress.step, *evaluate(state.params), lr_at(progress.step))
         return 0
-
-    saver = jax_checkpoint.Saver(out_dir, config.keep_checkpoints)
+    stop.listen()
+    stop.share(mesh)
     saved_at = None if meta is None else progress.step
     last_save_failed = False
 
@@ -443,6 +320,7 @@ def main() -> int:
     # training
 
     train_step = utils.compile_train_step(model, optimizer, config.seed, mesh)
+    own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some
     timed_since, timed_from = time.perf_counter(), progress.step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
@@ -450,7 +328,7 @@ def main() -> int:
         """An iteration's rows on the devices. Runs in the prefetch thread."""
         pair = jax_data.get_batch(
             data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
-            sampling=config.sampling, vocab_size=vocab_size,
+            sampling=config.sampling, vocab_size=vocab_size, rows=own_rows,
         )  # fmt: skip
         return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
 
@@ -495,7 +373,8 @@ def main() -> int:
         while True:
             step, last = progress.step, progress.step >= config.max_iters
             save_due = step > 0 and config.save_interval > 0 and step % config.save_interval == 0
-            if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stop.signal:
+            stopping = stop.agreed()
+            if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stopping:
                 report_in_flight()
                 train_loss, val_loss = evaluate(state.params)
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
@@ -514,11 +393,12 @@ def main() -> int:
                     elif improved:  # saved by a signal before it could be evaluated
                         with telling_of_a_failed_save():
                             saver.copy_to_best(step)
+                stopping = stop.agreed()  # an evaluation may take minutes
                 timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
-            elif save_due and saved_at != step and not stop.signal:
+            elif save_due and saved_at != step and not stopping:
                 report_in_flight()
                 save(is_best=False)
-            if last or stop.signal:
+            if last or stopping:
                 break
 
             state, metrics = train_step(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
@@ -537,7 +417,7 @@ def main() -> int:
         with telling_of_a_failed_save():
             saver.wait()
         finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step
-        exit_code = EXIT_STOPPED if stop.signal and not finished else 0
+        exit_code = EXIT_STOPPED if stopping and not finished else 0
         if last_save_failed:
             jax_run_log.complain(
                 "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
@@ -551,19 +431,20 @@ def main() -> int:
         with telling_of_a_failed_save():
             saver.close()
         exit_code = log.close(exit_code)
-    if stop.signal and exit_code == EXIT_STOPPED:
-        print(f"stopped by {stop.signal.name} at step {progress.step} and saved; --init_from=resume goes on from there")
+    if stopping and exit_code == EXIT_STOPPED:
+        print(f"stopped by {stopping.name} at step {progress.step} and saved; --init_from=resume goes on from there")
     return exit_code
 
 
 if __name__ == "__main__":
     configurator.use_huge_pages()
     configurator.run_script(
-        main,
+        functools.partial(jax_processes.together, main),
         jax_data.DataError,
         jax_checkpoint.CheckpointError,
         jax_run_log.MetricsError,
         jax_weights.WeightsError,
         jax_lock.LockError,
+        jax_processes.ProcessesError,
         machine_failed=(jax_checkpoint.SaveError, OSError),
     )

@@ -356,6 +356,7 @@ def reseal(step_dir: Path, content: bytes) -> None:
 @given(st.data())
 def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch, data):
     """Any value in any place of meta: read, or refused with a line; and so for the options that are taken from it."""
+    import jax_options
     import train_jax
 
     step_dir = out_dir / "checkpoints/7"
@@ -369,7 +370,7 @@ def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch
     assert find(out_dir)[0] == step_dir
     monkeypatch.setattr(sys, "argv", ["train_jax.py", "--init_from=resume"])
     try:
-        options, _ = train_jax.inherit_options(step_dir, read_meta(step_dir))
+        options, _ = jax_options.inherit_options(train_jax.TrainConfig(), step_dir, read_meta(step_dir))
     except (CheckpointError, configurator.ConfigError) as error:
         assert "\n" not in str(error)
     else:

@@ -1,0 +1,128 @@
+"""What train_jax.py's options mean together: the rules between them, and what a run, weights and data say about them.
+
+`config` is a TrainConfig throughout. Everything here is for the person at the terminal: a mistake is an error of one
+line before anything is written, and what is decided for them is printed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import configurator
+import jax_checkpoint
+import jax_data
+import jax_weights
+from configurator import ConfigError
+
+NEVER_INHERITED = ("out_dir", "eval_only", "init_from", "checkpoint", "overwrite", "print_config")
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")  # what a checkpoint is bound to
+
+
+def check_options(config: Any, sources: dict[str, str]) -> None:
+    """The rules between options, and for out_dir. Raises ConfigError."""
+
+    def named(key: str) -> str:
+        return f"{key}={getattr(config, key)} ({sources.get(key, 'default')})"
+
+    from_weights = config.init_from not in ("scratch", "resume")  # which have the shape of the model, too
+    if config.n_embd % config.n_head and not from_weights:
+        raise ConfigError(f"{named('n_embd')} is not divisible by {named('n_head')}; choose another of them")
+    if from_weights:
+        try:
+            jax_weights.find_weights(config.init_from)
+        except jax_weights.WeightsError as error:
+            raise ConfigError(f"{named('init_from')} is neither scratch nor resume: {error}") from None
+    if config.checkpoint != "latest" and not (config.init_from == "resume" and config.eval_only):
+        raise ConfigError(f"{named('checkpoint')} is for --init_from=resume --eval_only=True")
+    if config.overwrite and (config.init_from == "resume" or config.eval_only):
+        raise ConfigError(f"{named('overwrite')} removes the run, which resume and eval_only need; leave it out")
+    out_dir = Path(config.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
+    if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_checkpoint.holds_run(out_dir):
+        raise ConfigError(
+            f"{named('out_dir')} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
+        )
+    for key in ("compile", "backend"):
+        if key in sources:
+            print(f"note: {key} has no meaning here: JAX always compiles, and picks its own backend")
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
+
+
+def inherit_options(defaults: Any, step_dir: Path, meta: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """On resume: the options the run was saved with, overridden by those given now, and where these came from.
+
+    Raises ConfigError if one given now contradicts the model in the checkpoint.
+    """
+    names = [field.name for field in dataclasses.fields(defaults) if field.name not in NEVER_INHERITED]
+    there = {key: meta["config"][key] for key in names if key in meta["config"]}
+    saved = dataclasses.replace(defaults, **configurator.checked(type(defaults), there, f"{step_dir}/meta"))
+    config, sources = configurator.parse_with_sources(type(defaults), default=saved, quiet=True)
+    for key in names:
+        before, now = getattr(saved, key), getattr(config, key)
+        if now != before and key in MODEL_SHAPE:
+            raise ConfigError(
+                f"{key}={now} ({sources[key]}) contradicts the checkpoint {step_dir}, which has {key}={before}; "
+                f"leave it out, or start another run with its own --out_dir"
+            )
+        if now != before:
+            print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
+    return config, sources
+
+
+def adopt_shape(config: Any, sources: dict[str, str], model: dict[str, Any]) -> Any:
+    """With --init_from=gpt2 and the like: the options with the shape of the weights' model, `model`.
+
+    A shorter block_size crops the model. Raises ConfigError if another option given contradicts the weights.
+    """
+    shape = {key: model[key] for key in MODEL_SHAPE}
+    for key in shape.keys() & sources.keys():
+        given = getattr(config, key)
+        if key == "block_size" and given < shape[key]:
+            shape[key] = given
+        elif given != shape[key]:
+            what = "is longer than" if key == "block_size" else "contradicts"
+            raise ConfigError(
+                f"{key}={given} ({sources[key]}) {what} init_from={config.init_from}, whose weights have "
+                f"{key}={shape[key]}; leave it out"
+            )
+    return dataclasses.replace(config, **shape)
+
+
+def open_data(
+    config: Any, meta: dict[str, Any] | None, weights: jax_weights.Weights | None
+) -> tuple[Path, dict[str, Any], int]:
+    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
+
+    Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with, or if the data's
+    is larger than that of the weights to start from.
+    """
+    data_dir = jax_data.find_data_dir(config.dataset)
+    found: dict[str, Any] | None = jax_data.load_meta(data_dir)
+    if found is None:
+        print(f"no meta.json in {data_dir}: its tokens are taken for GPT-2's, as nanoGPT does")
+        found = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
+    else:
+        print(f"found vocab_size = {found['vocab_size']} (inside {data_dir})")
+    codec: dict[str, Any] = {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
+    if meta is not None:
+        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
+            raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
+        vocab_size = meta["model"]["vocab_size"]
+    elif weights is not None:
+        vocab_size = weights.model["vocab_size"]
+        if found["vocab_size"] > vocab_size:
+            raise ConfigError(
+                f"dataset={config.dataset} has a vocabulary of {found['vocab_size']}, but the weights of "
+                f"init_from={config.init_from} know {vocab_size} tokens; prepare the data with their tokenizer"
+            )
+        if config.init_from in jax_weights.HUB and codec["tokenizer"] != "gpt2":
+            print(f"note: {config.init_from} knows GPT-2's tokens, and those of {data_dir} are {codec['tokenizer']}")
+    elif codec["tokenizer"] == "gpt2":
+        vocab_size = 50304
+        print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
+    else:
+        vocab_size = found["vocab_size"]
+    jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    return data_dir, codec, vocab_size

@@ -1,0 +1,276 @@
+"""Several processes that train one model together: one for each node of a cluster, or one for each GPU.
+
+The environment says that there are several: SLURM's variables (srun), torchrun's (RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT), or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by hand. Each process runs the whole
+program on its own rows of each batch, and all come to the same decisions at the same step: what these follow from is
+the same in all (options, losses), or is agreed upon (signals). The first process alone prints, logs and saves.
+
+A process that fails while it sets up tells the others, and all end. One that fails later leaves at once: the others
+find it gone in their next exchange of gradients, or JAX ends them when it has not been heard of for HEARTBEAT_SECONDS.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_INTERRUPTED = 130
+START_SECONDS = 300  # until all processes have to be there
+HEARTBEAT_SECONDS = 100  # without a sign of life, and a process counts as dead
+PATIENCE_SECONDS = 24 * 3600  # with one that lives: it may download weights, or write a large checkpoint
+
+
+class ProcessesError(Exception):
+    """The processes do not come together, or do not do the same. One line, for the person at the terminal."""
+
+
+@dataclass
+class Processes:
+    """Which of how many processes this one is."""
+
+    index: int = 0
+    count: int = 1
+    address: str = ""  # host:port on which the first one waits for the others
+    device: int | None = None  # the only device of its node that this process uses; None: all
+    times_met: int = 0
+    set_up: bool = False  # from here on the others are computing, and cannot be told of a mistake
+    told: bool = False  # another process says what is wrong
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+
+ALONE = Processes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# start
+
+
+def find(env: Mapping[str, str]) -> Processes:
+    """What the environment says. Raises ProcessesError if that makes no sense."""
+    if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
+        index, count = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
+        host, colon, port = env.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
+        one_each = None
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        index, count = "RANK", "WORLD_SIZE"
+        host, colon, port = env.get("MASTER_ADDR", ""), ":", env.get("MASTER_PORT", "")
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and port.isdecimal():
+            port = str(int(port) + 1)  # torchrun itself listens on the other
+        one_each = "LOCAL_RANK" if env.get("LOCAL_WORLD_SIZE", "1") != "1" else None
+    elif all(name in env for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")):
+        index, count = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+        # the first of node[001-004,7],other, and a port that two jobs on one node hardly share
+        nodes = re.match(r"([^\[,]+)(?:\[(\w+))?", env["SLURM_STEP_NODELIST"])
+        host, colon = "".join(nodes.groups("")) if nodes else "", ":"
+        port = str(61440 + _number(env, "SLURM_JOB_ID") % 4096)
+        one_task_a_node = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        one_each = None if one_task_a_node else "SLURM_LOCALID"
+    else:
+        return ALONE
+    if _number(env, count) == 1:
+        return ALONE
+    if not _number(env, index) < _number(env, count):
+        raise ProcessesError(f"{index}={env[index]} must be below {count}={env[count]}")
+    port = env.get("JAX_COORDINATOR_PORT", port)
+    if not (host and colon and port.isdecimal()):
+        where = "MASTER_ADDR:MASTER_PORT" if count == "WORLD_SIZE" else "JAX_COORDINATOR_ADDRESS=host:port"
+        raise ProcessesError(f"{count}={env[count]}, but {where} does not say where the first process is")
+    # Where each process sees one GPU only, that is already its own.
+    sees_one = "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+    device = None if one_each is None or sees_one or "JAX_LOCAL_DEVICE_IDS" in env else _number(env, one_each)
+    return Processes(_number(env, index), _number(env, count), f"{host}:{port}", device)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not env.get(name, "").isdecimal():
+        raise ProcessesError(f"{name} must be a whole number in each process's environment, not {env.get(name)!r}")
+    return int(env[name])
+
+
+def together(main: Callable[[Processes], int]) -> int:
+    """`main` in all the processes of this run, to the first one's exit code. In a process that is alone, just `main`.
+
+    All but the first are silent. What ends one of them while it sets up ends all, and one of them says why. Raises
+    what `main` does, ProcessesError, and ConnectionError where another process is gone.
+    """
+    processes = find(os.environ)
+    if processes.count == 1:
+        return main(ALONE)
+    _connect(processes)
+    stderr = sys.stderr
+    if not processes.is_first:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print, too
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the end; a crash of Python itself is still seen
+    try:
+        return _same_exit_code(processes, main(processes))
+    except BaseException as error:
+        if isinstance(error, SystemExit) and (processes.told or not error.code):  # not error.code: --help
+            raise
+        first_to_fail = True
+        if processes.set_up:
+            atexit.register(_leave_at_once)  # runs before JAX would wait for the others at the end
+        else:
+            first_to_fail = _first_to_fail(_exchange(processes, None)) == processes.index
+        if first_to_fail and not processes.is_first:
+            sys.stderr = stderr
+            print(f"process {processes.index} on {socket.gethostname()}: ", end="", file=stderr)
+        if processes.set_up and type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error):
+            # so it looks when another has gone; what that had to say, it has said itself
+            raise ConnectionError(f"the exchange with the other processes failed: {error}") from error
+        raise
+
+
+def _connect(processes: Processes) -> None:
+    import jax
+
+    # It would take SIGTERM for itself, and have each process save when it likes.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            processes.address,
+            processes.count,
+            processes.index,
+            local_device_ids=None if processes.device is None else [processes.device],
+            cluster_detection_method="deactivate",  # it would take SLURM's local task number for that of a GPU
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=PATIENCE_SECONDS,
+        )
+    except RuntimeError as error:
+        raise ProcessesError(
+            f"not all of {processes.count} processes met at {processes.address} within {START_SECONDS} s: {error}"
+        ) from None
+
+
+def _leave_at_once() -> None:
+    """The process's end without JAX's, which is to wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# agreement
+
+
+def meet(processes: Processes, facts: dict[str, Any]) -> None:
+    """Wait until all are here. facts: name -> what has to be the same in all. Raises ProcessesError if it is not."""
+    if processes.count == 1:
+        return
+    said = _exchange(processes, facts)
+    if _first_to_fail(said) is not None:
+        processes.told = True
+        raise SystemExit(1)
+    differing = [(i, name) for name in facts for i in range(processes.count) if said[i].get(name) != said[0].get(name)]
+    if differing:
+        i, name = differing[0]
+        raise ProcessesError(
+            f"process {i} has {name}={said[i].get(name)}, and process 0 has {said[0].get(name)}; all need the same "
+            f"command line, and the same files under the same names"
+        )
+
+
+def ready(processes: Processes) -> None:
+    """The last meeting before the processes compute together."""
+    meet(processes, {})
+    processes.set_up = processes.count > 1
+
+
+def _same_exit_code(processes: Processes, exit_code: int) -> int:
+    """The exit code of the first process, in all: it alone knows whether the last save succeeded."""
+    if processes.is_first:
+        _store().key_value_set("nanogpt/exit", str(exit_code))
+    return int(_store().blocking_key_value_get("nanogpt/exit", 1000 * PATIENCE_SECONDS))
+
+
+def _exchange(processes: Processes, facts: dict[str, Any] | None) -> list[Any]:
+    """What each process says at this meeting; None: that it has failed. Waits for all of them."""
+    processes.times_met += 1
+    meeting = f"nanogpt/{processes.times_met}"
+    _store().key_value_set(f"{meeting}/{processes.index}", json.dumps(facts))
+    every = range(processes.count)
+    return [json.loads(_store().blocking_key_value_get(f"{meeting}/{i}", 1000 * PATIENCE_SECONDS)) for i in every]
+
+
+def _first_to_fail(said: list[Any]) -> int | None:
+    return next((i for i, facts in enumerate(said) if facts is None), None)
+
+
+def _store() -> Any:
+    """JAX's own store of keys and values for its processes: it needs no device, and so works when there is none."""
+    from jax._src import distributed  # there is no public way to it
+
+    return distributed.global_state.client
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# signals
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: finish the step under way, save, exit 75. A second Ctrl-C stops at once, without saving."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._highest: Callable[[int], int] | None = None
+
+    def listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, signum: int, _frame: object) -> None:
+        if self.signal == signal.SIGINT == signum:
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
+            os._exit(EXIT_INTERRUPTED)
+        self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
+        with contextlib.suppress(OSError):  # a console that is gone
+            os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
+
+    def share(self, mesh: Any) -> None:
+        """From here on a signal to any process is one to all, where there are several: `agreed` says when."""
+        if any(device.process_index != mesh.devices.flat[0].process_index for device in mesh.devices.flat):
+            self._highest = _highest_of_all(mesh)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal to stop for here. Where processes share it, all have to ask equally often."""
+        if self._highest is None:
+            return self.signal
+        highest = self._highest(self.signal or 0)
+        return signal.Signals(highest) if highest else None
+
+
+def _highest_of_all(mesh: Any) -> Callable[[int], int]:
+    """A function from a number of this process to the highest that any process gave in the call before this one.
+
+    That one is there already, so that nobody waits: the devices got it before the step they work on.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    each, all_the_same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    highest = jax.jit(jnp.max, out_shardings=all_the_same)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    in_flight = None
+
+    def exchange(number: int) -> int:
+        nonlocal in_flight
+        mine = np.full(len(mesh.local_devices), number, np.int32)
+        before, in_flight = in_flight, highest(jax.make_array_from_process_local_data(each, mine))
+        if on_cpu:
+            in_flight.block_until_ready()  # host-device sync: two exchanges at once could wait for each other for ever
+        return 0 if before is None else int(before)  # host-device sync
+
+    return exchange
