@@ -49,10 +49,44 @@ def make_optimizer(
     Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization".
     """
     return optax.chain(
-        optax.clip_by_global_norm(grad_clip) if grad_clip > 0 else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=1e-8),
+        _clip(grad_clip) if grad_clip > 0 else optax.identity(),
+        _adam_in_place(beta1, beta2),
         optax.add_decayed_weights(weight_decay, mask=functools.partial(jax.tree.map, lambda p: p.ndim >= 2)),
     )
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm by a product, as PyTorch does it; a quotient takes a CPU another pass over them all."""
+
+    def update(grads, state, params=None):
+        factor = jnp.minimum(1, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformation(optax.identity().init, update)
+
+
+def _adam_in_place(beta1: float, beta2: float) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, whose averages stay as they are where the update is told `finite=False`.
+
+    From optax's own, XLA on a CPU computes the averages once for the state and again for the direction, and so copies
+    the old ones before it overwrites them. Here the direction is made of the new ones, which take the place of the old.
+    """
+
+    def update(grads, state, params=None, *, finite=True):
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        mu = jax.tree.map(lambda m, g: jnp.where(finite, (1 - beta1) * g + beta1 * m, m), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: jnp.where(finite, (1 - beta2) * g**2 + beta2 * v, v), state.nu, grads)
+        mu, nu = jax.lax.platform_dependent(mu, nu, cpu=_apart, default=lambda *trees: trees)
+        mu_scale, nu_scale = 1 - beta1**count, 1 - beta2**count
+        directions = jax.tree.map(lambda m, v: m / mu_scale / (jnp.sqrt(v / nu_scale) + 1e-8), mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(beta1, beta2).init, update)
+
+
+def _apart(*trees):
+    """What is computed before is not computed again after."""
+    return jax.lax.optimization_barrier(trees)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,15 +346,13 @@ def train_step(
     if axis is not None:  # once an update, whatever the number of micro-batches
         grads, loss = jax.lax.pmean((grads, loss), axis)
     loss = loss / A
-    grads = jax.tree.map(lambda g: g / (A * loss_scale.scale), grads)
+    denominator = A * loss_scale.scale if config.dtype == "float16" else A
+    grads = jax.tree.map(lambda g: g / denominator, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    directions, new_adam_state = optimizer.update(grads, adam_state, state.params)
-    new_params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
-    params, adam_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (new_params, new_adam_state), (state.params, adam_state)
-    )
+    directions, adam_state = optimizer.update(grads, adam_state, state.params, finite=finite)
+    params = jax.tree.map(lambda p, d: jnp.where(finite, p - learning_rate * d, p), state.params, directions)
     metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite, "loss_scale": loss_scale.scale}
     if config.dtype == "float16":
         loss_scale = update_loss_scale(loss_scale, finite)

@@ -201,13 +201,13 @@ class CausalSelfAttention(nnx.Module):
     def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
         R, D = x_RD.shape
         T, N, H = R // B, self.n_head, D // self.n_head
-        qkv_BT3NH = self.c_attn(x_RD).reshape(B, T, 3, N, H)
+        # Split before the heads are looked at: the gradient then is one concatenation, and no transposing copy.
+        q_BTNH, k_BTNH, v_BTNH = (part_RD.reshape(B, T, N, H) for part_RD in jnp.split(self.c_attn(x_RD), 3, axis=1))
         if (rngs is None or self.dropout == 0) and H % 8 == 0 and has_fused_attention(x_RD.dtype):
-            q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
             y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
         else:
-            # One transposing copy puts the heads first; every product is then over whole, contiguous matrices.
-            q_GTH, k_GTH, v_GTH = qkv_BT3NH.transpose(2, 0, 3, 1, 4).reshape(3, B * N, T, H)
+            # Heads first: every product is then over whole, contiguous matrices.
+            q_GTH, k_GTH, v_GTH = (a.transpose(0, 2, 1, 3).reshape(B * N, T, H) for a in (q_BTNH, k_BTNH, v_BTNH))
             y_GTH = causal_attention(q_GTH, k_GTH, v_GTH, self.dropout, rngs)
             y_BTNH = y_GTH.reshape(B, N, T, H).transpose(0, 2, 1, 3)
         y_RD = y_BTNH.reshape(R, D)
