@@ -27,6 +27,7 @@ from jax_transformer import (
     flops_per_token,
     forward,
     init_params,
+    gelu_erf,
     layer_norm,
     num_params,
     softmax,
@@ -422,6 +423,19 @@ def test_softmax_has_the_gradient_of_its_formula():
     (ours, ours_back), (expected, back) = (jax.vjp(f, scores) for f in (softmax, formula))
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ours_back(dweights)[0], back(dweights)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_and_its_slope_are_those_of_the_normal_distribution(dtype):
+    x = jnp.linspace(-8, 8, 1001).astype(dtype)
+    wide = np.asarray(x, np.float64)
+    phi = np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)))(wide)
+    slope = phi + wide * np.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    y, back = jax.vjp(gelu_erf, x)
+    assert y.dtype == x.dtype
+    tolerance = {"float32": 1e-6, "bfloat16": 8e-3}[dtype]
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide * phi, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.asarray(back(jnp.ones_like(x))[0], np.float64), slope, rtol=tolerance, atol=tolerance)
 
 
 def test_fused_attention_where_there_is_one_computes_the_same(monkeypatch):
