@@ -434,10 +434,11 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
     return record.exc_info is None
 
 
-def _all_but_late_answers(unraisable: Any) -> None:
+def _all_but_late_answers(unraisable: Any, usual: Any = sys.__unraisablehook__) -> None:
     """sys.unraisablehook without what tensorstore tells an event loop that orbax has closed at the first error."""
+    # `usual` was looked up at the start: when Python ends, `sys` may be gone before the last of them
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(unraisable)
+        usual(unraisable)
 
 
 def _remove_step(step_dir: Path) -> None:

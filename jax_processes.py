@@ -42,6 +42,7 @@ class Processes:
     times_met: int = 0
     set_up: bool = False  # from here on the others are computing, and cannot be told of a mistake
     told: bool = False  # another process says what is wrong
+    failed: bool = False  # while the others compute
 
     @property
     def is_first(self) -> bool:
@@ -107,6 +108,7 @@ def together(main: Callable[[Processes], int]) -> int:
     if processes.count == 1:
         return main(ALONE)
     _connect(processes)
+    atexit.register(_leave_if_failed, processes)  # after the lock is released, and before JAX waits for the others
     stderr = sys.stderr
     if not processes.is_first:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print, too
@@ -118,7 +120,7 @@ def together(main: Callable[[Processes], int]) -> int:
             raise
         first_to_fail = True
         if processes.set_up:
-            atexit.register(_leave_at_once)  # runs before JAX would wait for the others at the end
+            processes.failed = True
         else:
             first_to_fail = _first_to_fail(_exchange(processes, None)) == processes.index
         if first_to_fail and not processes.is_first:
@@ -152,11 +154,12 @@ def _connect(processes: Processes) -> None:
         ) from None
 
 
-def _leave_at_once() -> None:
+def _leave_if_failed(processes: Processes) -> None:
     """The process's end without JAX's, which is to wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    if processes.failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(star
     _, errors = first.communicate(timeout=200)
     assert first.returncode != 0
     assert re.match("error: the exchange with the other processes failed: .*", errors)
+    assert not (workdir / "out/lock").exists()
     step = jax_checkpoint.sealed_steps(workdir / "out")[0]
     assert step >= 20
 
