@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_transformer import Cache, GPTConfig, Params, decoding_weights, forward_cached, init_cache
+from jax_cache import Cache, decoding_weights, forward_cached, init_cache
+from jax_transformer import GPTConfig, Params
 
 MAX_TOKENS_PER_DISPATCH = 32
 

@@ -184,7 +184,8 @@ def load(
     import jax
 
     import jax_train_utils as utils
-    from jax_transformer import GPTConfig, abstract_params, decoding_weights
+    from jax_cache import decoding_weights
+    from jax_transformer import GPTConfig, abstract_params
 
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device)
