@@ -5,6 +5,7 @@
     python sample_jax.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream=True --stop="JULIET:"
     python sample_jax.py --out_dir=out-shakespeare-char --start=FILE:prompts.txt --prompt_per_line=True
     python sample_jax.py --out_dir=out-shakespeare-char --checkpoint=best --temperature=0
+    python sample_jax.py --init_from=my-gpt2 --start="ROMEO:"
     python sample_jax.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5 --max_new_tokens=100
 
 Each sample is printed as its prompt and what follows, then a line of dashes. Remarks go to stderr.
@@ -99,6 +100,17 @@ def encode_prompts(codec: jax_data.Codec, prompts: Sequence[str], start: str) ->
         if not encoded[-1]:
             raise ConfigError("start is empty: give the model something to go on from, a newline for instance")
     return encoded
+
+
+def codec_beside(init_from: str) -> dict[str, Any] | None:
+    """What the ids of such weights mean: the meta.json that export_jax.py, or you, put beside them; else None, GPT-2's.
+
+    Raises WeightsError where there are no such weights, DataError on a damaged file.
+    """
+    path = jax_weights.find_weights(init_from)
+    if path is None:
+        return None
+    return jax_data.load_meta(path if path.is_dir() else path.parent)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,17 +219,26 @@ def main() -> None:
         raise ConfigError(f"{sources['top_p']}: top_p must be above 0; None is off")
     stops = stop_strings(config.stop)
     prompts = read_prompts(config)
-    step_dir, meta, found = None, {}, None
+    step_dir, meta, found, about_ids = None, {}, None, None
     if config.init_from == "resume":
         step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
         meta = jax_checkpoint.read_meta(step_dir)
+        about_ids = meta.get("codec")
     elif config.checkpoint != "latest":
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
-    codec = jax_data.make_codec(meta.get("codec"))  # without one it is GPT-2's
+    else:
+        about_ids = codec_beside(config.init_from)
+    codec = jax_data.make_codec(about_ids)
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
     if config.init_from != "resume":
         found = jax_weights.open_weights(config.init_from)
+        if codec.vocab_size > found.model["vocab_size"]:
+            raise ConfigError(
+                f"{config.init_from} has a vocabulary of {found.model['vocab_size']}, and the {codec.tokenizer} "
+                f"tokenizer one of {codec.vocab_size}: put the meta.json of the data that it was trained on beside the "
+                f"weights"
+            )
 
     # jax is imported only from here on, so that a mistake in the options is told at once
     weights, model = load(config, step_dir, meta, found)
