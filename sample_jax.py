@@ -102,17 +102,6 @@ def encode_prompts(codec: jax_data.Codec, prompts: Sequence[str], start: str) ->
     return encoded
 
 
-def codec_beside(init_from: str) -> dict[str, Any] | None:
-    """What the ids of such weights mean: the meta.json that export_jax.py, or you, put beside them; else None, GPT-2's.
-
-    Raises WeightsError where there are no such weights, DataError on a damaged file.
-    """
-    path = jax_weights.find_weights(init_from)
-    if path is None:
-        return None
-    return jax_data.load_meta(path if path.is_dir() else path.parent)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # text
 
@@ -227,18 +216,18 @@ def main() -> None:
         about_ids = meta.get("codec")
     elif config.checkpoint != "latest":
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
-    else:
-        about_ids = codec_beside(config.init_from)
-    codec = jax_data.make_codec(about_ids)
+    elif (path := jax_weights.find_weights(config.init_from)) is not None:  # a download comes last
+        found = jax_weights.open_weights(path)
+        about_ids = jax_data.load_meta(path if path.is_dir() else path.parent)  # as export_jax.py leaves it there
+    codec = jax_data.make_codec(about_ids)  # None: GPT-2's
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
-    if config.init_from != "resume":
+    if config.init_from != "resume" and found is None:
         found = jax_weights.open_weights(config.init_from)
-        if codec.vocab_size > found.model["vocab_size"]:
-            raise ConfigError(
-                f"{config.init_from} has a vocabulary of {found.model['vocab_size']}, and the {codec.tokenizer} "
-                f"tokenizer one of {codec.vocab_size}: put the meta.json of the data that it was trained on beside the "
-                f"weights"
-            )
+    if found is not None and codec.vocab_size > found.model["vocab_size"]:
+        raise ConfigError(
+            f"{config.init_from} has a vocabulary of {found.model['vocab_size']}, and the {codec.tokenizer} tokenizer "
+            f"one of {codec.vocab_size}: put the meta.json of the data that it was trained on beside the weights"
+        )
 
     # jax is imported only from here on, so that a mistake in the options is told at once
     weights, model = load(config, step_dir, meta, found)

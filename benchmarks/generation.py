@@ -153,4 +153,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
+    import configurator
+
+    configurator.use_huge_pages()  # as sample_jax.py does; for both
     sys.exit(main())

@@ -165,6 +165,8 @@ def test_an_exported_char_model_is_sampled_with_its_own_characters(run, workdir,
     assert texts == samples(run(*common, "--out_dir=finished").stdout.split("= 20\n")[-1], "the cat")
     one_file = run(*common, "--init_from=mine/model.safetensors", **nothing)
     assert samples(one_file.stdout.split("= 20\n")[-1], "the cat") == texts
+    refused = run(*common, "--init_from=data", **nothing, expect=2)  # before the tokenizer is asked for
+    assert refused.stderr.startswith("error: data has no config.json") and refused.stderr.count("\n") == 1
     (workdir / "mine" / "meta.json").write_text('{"tokenizer": "char"')
     refused = run(*common, "--init_from=mine", expect=2)
     assert refused.stderr.startswith("error: mine/meta.json cannot be read") and refused.stderr.count("\n") == 1
