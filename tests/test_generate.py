@@ -266,6 +266,14 @@ def test_padding_of_the_vocabulary_is_never_drawn():
         assert drawn_B.max() == 19
 
 
+def test_likeliest_is_argmax_also_of_equals_and_of_a_nan():
+    random = np.random.default_rng(0)
+    logits_BV = random.integers(0, 9, (50, 29)).astype(np.float32)  # most rows have their largest several times
+    logits_BV[0], logits_BV[1, 5:], logits_BV[2, 3] = -np.inf, -np.inf, np.inf
+    np.testing.assert_array_equal(jax_generate.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
+    assert 0 <= int(jax_generate.likeliest(jnp.full((1, 29), jnp.nan))[0]) < 29
+
+
 def test_frequencies_are_the_models_probabilities():
     rows, temperature = 4000, 3.0
     first = generate(PARAMS, TINY, [[3, 1, 4]] * rows, max_new_tokens=1, temperature=temperature, top_k=10, key=KEY)
