@@ -189,8 +189,8 @@ def time_generation(config: BenchConfig, params: Any, model: Any) -> dict[str, A
     """Time to the first new token of batch_size prompts of random tokens, and tokens a second from then on."""
     import jax
 
+    from jax_cache import decoding_weights
     from jax_generate import MAX_TOKENS_PER_DISPATCH, stream
-    from jax_transformer import decoding_weights
 
     prompt_tokens = min(config.prompt_tokens, -(-model.block_size // 2))
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (config.batch_size, prompt_tokens)).tolist()

@@ -5,6 +5,7 @@
     python sample_jax.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream=True --stop="JULIET:"
     python sample_jax.py --out_dir=out-shakespeare-char --start=FILE:prompts.txt --prompt_per_line=True
     python sample_jax.py --out_dir=out-shakespeare-char --checkpoint=best --temperature=0
+    python sample_jax.py --init_from=my-gpt2 --start="ROMEO:"
     python sample_jax.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5 --max_new_tokens=100
 
 Each sample is printed as its prompt and what follows, then a line of dashes. Remarks go to stderr.
@@ -184,7 +185,8 @@ def load(
     import jax
 
     import jax_train_utils as utils
-    from jax_transformer import GPTConfig, abstract_params, decoding_weights
+    from jax_cache import decoding_weights
+    from jax_transformer import GPTConfig, abstract_params
 
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device)
@@ -206,17 +208,26 @@ def main() -> None:
         raise ConfigError(f"{sources['top_p']}: top_p must be above 0; None is off")
     stops = stop_strings(config.stop)
     prompts = read_prompts(config)
-    step_dir, meta, found = None, {}, None
+    step_dir, meta, found, about_ids = None, {}, None, None
     if config.init_from == "resume":
         step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
         meta = jax_checkpoint.read_meta(step_dir)
+        about_ids = meta.get("codec")
     elif config.checkpoint != "latest":
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
-    codec = jax_data.make_codec(meta.get("codec"))  # without one it is GPT-2's
+    elif (path := jax_weights.find_weights(config.init_from)) is not None:  # a download comes last
+        found = jax_weights.open_weights(path)
+        about_ids = jax_data.load_meta(path if path.is_dir() else path.parent)  # as export_jax.py leaves it there
+    codec = jax_data.make_codec(about_ids)  # None: GPT-2's
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
-    if config.init_from != "resume":
+    if config.init_from != "resume" and found is None:
         found = jax_weights.open_weights(config.init_from)
+    if found is not None and codec.vocab_size > found.model["vocab_size"]:
+        raise ConfigError(
+            f"{config.init_from} has a vocabulary of {found.model['vocab_size']}, and the {codec.tokenizer} tokenizer "
+            f"one of {codec.vocab_size}: put the meta.json of the data that it was trained on beside the weights"
+        )
 
     # jax is imported only from here on, so that a mistake in the options is told at once
     weights, model = load(config, step_dir, meta, found)

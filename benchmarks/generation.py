@@ -56,8 +56,9 @@ def main() -> int:
     utils.find_devices("cpu")
     import jax
 
+    from jax_cache import decoding_weights
     from jax_generate import generate
-    from jax_transformer import GPTConfig, decoding_weights, init_params, num_params
+    from jax_transformer import GPTConfig, init_params, num_params
 
     config = GPTConfig(
         n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size,
@@ -152,4 +153,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
+    import configurator
+
+    configurator.use_huge_pages()  # as sample_jax.py does; for both
     sys.exit(main())

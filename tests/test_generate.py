@@ -1,4 +1,4 @@
-"""jax_generate.py and the cached forward pass: against the uncached one, transformers, and numpy.
+"""jax_generate.py and jax_cache.py: against the uncached one, transformers, and numpy.
 
 python -m pytest tests/test_generate.py
 
@@ -17,18 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_cache
 import jax_generate
-import jax_transformer
+from jax_cache import decoding_weights, forward_cached, init_cache
 from jax_generate import generate, pad_left, stream, warp
-from jax_transformer import (
-    GPTConfig,
-    Params,
-    abstract_params,
-    decoding_weights,
-    forward,
-    forward_cached,
-    init_cache,
-)
+from jax_transformer import GPTConfig, Params, abstract_params, forward
 
 W = 16
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=W, vocab_size=29, bias=True, gelu="tanh")
@@ -41,12 +34,12 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8]]
 def several_segments():
     """A cache of 16 columns in segments of 4, 4 and 8; products in full float32 on any device; and, as everything is
     compiled and next to nothing computed, without XLA's optimisations."""
-    jax_transformer.FIRST_SEGMENT = 4
+    jax_cache.FIRST_SEGMENT = 4
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.default_matmul_precision("highest"):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
-    jax_transformer.FIRST_SEGMENT = 64
+    jax_cache.FIRST_SEGMENT = 64
 
 
 def random_params(config: GPTConfig, seed: int = 0) -> Params:
@@ -271,6 +264,14 @@ def test_padding_of_the_vocabulary_is_never_drawn():
         sampling = jax_generate.Sampling(temperature, top_k, 0.99, 0.01, 20)
         drawn_B = jax_generate.draw(logits_BV, jax.random.split(KEY, 500), 0, sampling)
         assert drawn_B.max() == 19
+
+
+def test_likeliest_is_argmax_also_of_equals_and_of_a_nan():
+    random = np.random.default_rng(0)
+    logits_BV = random.integers(0, 9, (50, 29)).astype(np.float32)  # most rows have their largest several times
+    logits_BV[0], logits_BV[1, 5:], logits_BV[2, 3] = -np.inf, -np.inf, np.inf
+    np.testing.assert_array_equal(jax_generate.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
+    assert 0 <= int(jax_generate.likeliest(jnp.full((1, 29), jnp.nan))[0]) < 29
 
 
 def test_frequencies_are_the_models_probabilities():

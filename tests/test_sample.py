@@ -138,8 +138,10 @@ def test_stop_is_a_text_or_a_list_of_them(text, expected):
 
 def test_sampling_from_weights_that_are_not_a_runs(run, workdir):
     """Weights in transformers' form, and a tokenizer whose ids are the characters' numbers."""
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=200, bias=True)
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=50257, bias=True)
     save_hf(init_params(config, jax.random.key(0)), config, workdir / "some" / "folder")
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=200, bias=True)
+    save_hf(init_params(config, jax.random.key(0)), config, workdir / "small")
     (workdir / "tiktoken.py").write_text(TIKTOKEN_STAND_IN)
     common = ("sample_jax.py", "--start=Hi", "--num_samples=2", "--max_new_tokens=5")
     done = run(*common, "--init_from=some/folder", PYTHONPATH=str(workdir))
@@ -147,8 +149,27 @@ def test_sampling_from_weights_that_are_not_a_runs(run, workdir):
     refused = run(*common, "--init_from=nowhere", PYTHONPATH=str(workdir), expect=2)
     assert refused.stderr.startswith("error: 'nowhere' is neither a GPT-2 nor a directory or file that is there")
     assert refused.stderr.count("\n") == 1
-    refused = run(*common, "--init_from=some/folder", "--start=\xff", PYTHONPATH=str(workdir), expect=2)
-    assert refused.stderr == "error: prompt 0 has token id 255, which is not in the vocabulary of 200\n"
+    refused = run(*common, "--init_from=small", PYTHONPATH=str(workdir), expect=2)
+    assert refused.stderr == (
+        "error: small has a vocabulary of 200, and the gpt2 tokenizer one of 50257: put the meta.json of the data that "
+        "it was trained on beside the weights\n"
+    )
+
+
+def test_an_exported_char_model_is_sampled_with_its_own_characters(run, workdir, finished):
+    nothing = {"TIKTOKEN_CACHE_DIR": str(workdir / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9"}  # no GPT-2 tokenizer
+    run("export_jax.py", "--out_dir=finished", "--hf_dir=mine")
+    common = ("sample_jax.py", "--start=the cat", "--num_samples=2", "--max_new_tokens=20")
+    exported = run(*common, "--init_from=mine", **nothing)
+    texts = samples(exported.stdout.split("= 20\n")[-1], "the cat")
+    assert texts == samples(run(*common, "--out_dir=finished").stdout.split("= 20\n")[-1], "the cat")
+    one_file = run(*common, "--init_from=mine/model.safetensors", **nothing)
+    assert samples(one_file.stdout.split("= 20\n")[-1], "the cat") == texts
+    refused = run(*common, "--init_from=data", **nothing, expect=2)  # before the tokenizer is asked for
+    assert refused.stderr.startswith("error: data has no config.json") and refused.stderr.count("\n") == 1
+    (workdir / "mine" / "meta.json").write_text('{"tokenizer": "char"')
+    refused = run(*common, "--init_from=mine", expect=2)
+    assert refused.stderr.startswith("error: mine/meta.json cannot be read") and refused.stderr.count("\n") == 1
 
 
 TIKTOKEN_STAND_IN = """
