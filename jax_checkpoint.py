@@ -319,15 +319,23 @@ class Saver:
             root.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()  # of a kill in the middle of a save
 
-    def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool) -> None:
+    def save(
+        self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool, last: bool = False
+    ) -> None:
         """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step.
+
+        After the `last` step nothing is donated: then the arrays are not copied first, which would take memory.
 
         Raises SaveError if the save before it failed and nobody has asked (`wait`).
         """
+        import jax
+
         self.wait()
         if not self.saves:
             return
-        arrays = _to_host({"params": params, "opt_state": opt_state})
+        arrays = {"params": params, "opt_state": opt_state}
+        if not last or jax.process_count() > 1:  # of the arrays of several processes, orbax would want each to save
+            arrays = _to_host(arrays)
         meta = {"schema": SCHEMA, "step": step, **meta}
         self._saving = step, self._thread.submit(self._save, step, arrays, meta, is_best)
 

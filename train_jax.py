@@ -304,7 +304,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
             jax_run_log.complain(f"error: {error}. {newest}")
 
-    def save(is_best: bool) -> None:
+    def save(is_best: bool, last: bool) -> None:
         nonlocal saved_at, last_save_failed
         with telling_of_a_failed_save():
             saver.wait()  # for the one before
@@ -314,7 +314,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         saved_at, last_save_failed = progress.step, False
         with telling_of_a_failed_save():
             about |= dataclasses.asdict(progress)
-            saver.save(progress.step, state.params, state.opt_state, about, is_best=is_best)
+            saver.save(progress.step, state.params, state.opt_state, about, is_best=is_best, last=last)
 
     # ------------------------------------------------------------------------------------------------------------------
     # training
@@ -389,7 +389,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                     progress.best_val_loss = val_loss
                 if step > 0 and (improved or last or save_due or config.always_save_checkpoint):
                     if saved_at != step:
-                        save(is_best=improved)
+                        save(is_best=improved, last=last)
                     elif improved:  # saved by a signal before it could be evaluated
                         with telling_of_a_failed_save():
                             saver.copy_to_best(step)
@@ -397,7 +397,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
             elif save_due and saved_at != step and not stopping:
                 report_in_flight()
-                save(is_best=False)
+                save(is_best=False, last=last)
             if last or stopping:
                 break
 
@@ -413,7 +413,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 saver.check()
         report_in_flight()
         if saved_at != progress.step:
-            save(is_best=False)
+            save(is_best=False, last=True)
         with telling_of_a_failed_save():
             saver.wait()
         finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step

@@ -7,6 +7,7 @@
 What follows `--` goes to both trainers; each reads the config file of that name in its own folder. A machine's speed
 drifts: only figures of the same round are compared, and the median over the rounds is what counts. The time of an
 iteration is the one that each trainer prints, the first tenth of the iterations (compilation, warm-up) left out.
+With --cold each run finds an empty cache of compiled code, as on its first day.
 """
 
 import argparse
@@ -30,6 +31,10 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, required=True, help="a folder with train.bin, val.bin and meta.pkl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iters", type=int, default=200, help="iterations of each run")
+    parser.add_argument(
+        "--eval_interval", type=int, help="iterations between evaluations; without: first and last only"
+    )
+    parser.add_argument("--cold", action="store_true", help="nothing compiled before is found")
     parser.add_argument("--forms", default="eager,compiled", help="of nanoGPT: eager, compiled or both")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("flags", nargs="+", help="config files and flags for both")
@@ -41,7 +46,7 @@ def main() -> int:
 
     common = [
         *args.flags, f"--dataset={args.dataset.resolve()}", f"--max_iters={args.iters}", "--log_interval=1",
-        f"--eval_interval={10 * args.iters}",
+        f"--eval_interval={args.eval_interval or 10 * args.iters}",
     ]  # fmt: skip
     python = args.nanogpt_python if "/" not in args.nanogpt_python else str(Path(args.nanogpt_python).absolute())
     rounds = []
@@ -49,14 +54,16 @@ def main() -> int:
         result = {}
         with tempfile.TemporaryDirectory() as out_dir:
             ours = [sys.executable, str(ROOT / "train_jax.py"), *common, f"--out_dir={out_dir}/ours"]
-            result["ours"] = run(ours, ROOT, args.iters)
+            cache = {"JAX_COMPILATION_CACHE_DIR": f"{out_dir}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{out_dir}/torch"}
+            env = {**os.environ, **(cache if args.cold else {})}
+            result["ours"] = run(ours, ROOT, env, args.iters)
             for form in forms:
                 theirs = [python, "train.py", *common, f"--out_dir={out_dir}/{form}", f"--compile={form == 'compiled'}"]
-                result[form] = run(theirs, args.nanogpt, args.iters)
+                result[form] = run(theirs, args.nanogpt, env, args.iters)
         rounds.append(result)
         print(
             f"round {number + 1} of {args.rounds}: "
-            + ", ".join(f"{name} {figures['ms']:.1f} ms" for name, figures in result.items()),
+            + ", ".join(f"{name} {got['ms']:.1f} ms, {got['seconds']:.1f} s" for name, got in result.items()),
             flush=True,
         )
 
@@ -65,19 +72,22 @@ def main() -> int:
         ms, seconds, mb = (statistics.median(r[name][key] for r in rounds) for key in ("ms", "seconds", "memory_mb"))
         print(f"  {name:22} {ms:10.2f} {seconds:13.1f} s {mb:10.0f} MB")
     for form in forms:
-        ratios = sorted(r[form]["ms"] / r["ours"]["ms"] for r in rounds)
-        middle = statistics.median(ratios)
-        print(f"nanoGPT {form} / ours, per iteration: median {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        for key, what in (("ms", "per iteration"), ("seconds", "whole command")):
+            ratios = sorted(r[form][key] / r["ours"][key] for r in rounds)
+            middle = statistics.median(ratios)
+            print(f"nanoGPT {form} / ours, {what}: median {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     if args.json:
         args.json.write_text(json.dumps({"flags": args.flags, "rounds": rounds}, indent=1) + "\n")
     return 0
 
 
-def run(command: list[str], folder: Path, iters: int) -> dict[str, float]:
+def run(command: list[str], folder: Path, env: dict[str, str], iters: int) -> dict[str, float]:
     """Median milliseconds per iteration, seconds of the whole command, and its peak memory."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=folder, stdout=printed, stderr=errors, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=printed, stderr=errors, stdin=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(process.pid, 0)  # as wait(), with the child's own peak memory
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started

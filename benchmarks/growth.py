@@ -39,7 +39,8 @@ def measure(shape: dict[str, int], device: str, vocab: list[str]) -> dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         flags = [f"--{key}={value}" for key, value in shape.items()]
-        command = [sys.executable, "bench_jax.py", *vocab, *flags, f"--device={device}", "--eval_iters=1", "--steps=40"]
+        flags += [f"--device={device}", "--eval_iters=1", "--steps=40", "--new_tokens=0"]
+        command = [sys.executable, "bench_jax.py", *vocab, *flags]
         done = subprocess.run([*command, f"--json={figures}"], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}: {done.stderr[-1000:]}")

@@ -48,7 +48,7 @@ def gpt2_run(workdir: Path) -> GPTConfig:
     saver = jax_checkpoint.Saver(workdir / "out", keep=1)
     about = {"model": vars(config), "codec": codec, "config": {}, "bad_steps": 0}
     about |= dict.fromkeys(("best_val_loss", "evaluated_at", "wandb_run_id", "devices"))
-    saver.save(3, params, {"none": np.zeros(1)}, about, is_best=True)
+    saver.save(3, jax.device_put(params), {"none": jnp.zeros(1)}, about, is_best=True)
     saver.close()
     return config
 
