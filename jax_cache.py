@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jax_transformer import GPTConfig, Params, layer_norm
+from jax_transformer import GPTConfig, Params, gelu, layer_norm
 
 # Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU
 # reads only as many segments as there are tokens; a slice of one large array it would copy, for every token.
@@ -98,7 +98,7 @@ def forward_cached(
             x_RD = x_RD + _linear(y_RD, block["attn"]["c_proj"])
         with jax.named_scope("mlp"):
             h_RF = _linear(_norm(x_RD, block["ln_2"]), block["mlp"]["c_fc"])
-            x_RD = x_RD + _linear(jax.nn.gelu(h_RF, approximate=config.gelu == "tanh"), block["mlp"]["c_proj"])
+            x_RD = x_RD + _linear(gelu(h_RF, config.gelu), block["mlp"]["c_proj"])
     with jax.named_scope("head"):
         logits_BV = _linear(_norm(x_RD.reshape(B, T, -1)[:, last], weights["ln_f"]), weights["head"])
     return logits_BV, None if cache is None else tuple(new_cache)

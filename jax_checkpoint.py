@@ -298,8 +298,8 @@ def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
 class Saver:
     """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError.
 
-    The arrays are copied to the host, and all the rest happens in a thread of its own. orbax's asynchronous saving of
-    device arrays would keep the training thread longer, and take twice the time of a CPU.
+    The arrays are copied to the host (but for the last time), and all the rest happens in a thread of its own. orbax's
+    asynchronous saving of device arrays would keep the training thread longer, and take twice the time of a CPU.
     """
 
     def __init__(self, out_dir: Path | None, keep: int):
@@ -324,9 +324,9 @@ class Saver:
     ) -> None:
         """Start saving; returns once the arrays may be donated. With `is_best`, best/ becomes a copy of this step.
 
-        After the `last` step nothing is donated: then the arrays are not copied first, which would take memory.
+        `last` promises that nothing is donated any more: the arrays are then not copied first, which takes memory.
 
-        Raises SaveError if the save before it failed and nobody has asked (`wait`).
+        Raises SaveError if the copy fails, or if the save before failed and nobody has asked (`wait`).
         """
         import jax
 
@@ -335,7 +335,10 @@ class Saver:
             return
         arrays = {"params": params, "opt_state": opt_state}
         if not last or jax.process_count() > 1:  # of the arrays of several processes, orbax would want each to save
-            arrays = _to_host(arrays)
+            try:
+                arrays = _to_host(arrays)
+            except (RuntimeError, MemoryError) as error:  # XLA's own errors are RuntimeErrors
+                raise SaveError(self.root / str(step), error) from error
         meta = {"schema": SCHEMA, "step": step, **meta}
         self._saving = step, self._thread.submit(self._save, step, arrays, meta, is_best)
 

@@ -122,7 +122,8 @@ def together(main: Callable[[Processes], int]) -> int:
         if processes.set_up:
             processes.failed = True
         else:
-            first_to_fail = _first_to_fail(_exchange(processes, None)) == processes.index
+            with contextlib.suppress(RuntimeError):  # with nobody left to tell, it says itself what was wrong
+                first_to_fail = _first_to_fail(_exchange(processes, None)) == processes.index
         if first_to_fail and not processes.is_first:
             sys.stderr = stderr
             print(f"process {processes.index} on {socket.gethostname()}: ", end="", file=stderr)

@@ -105,6 +105,11 @@ def _gelu_erf_forward(x):
 gelu_erf.defvjp(_gelu_erf_forward, lambda slope, dy: (dy * slope,))
 
 
+def gelu(x: jax.Array, form: str) -> jax.Array:
+    """GELU in one of its two forms: 'erf', or its approximation by 'tanh'."""
+    return gelu_erf(x) if form == "erf" else jax.nn.gelu(x, approximate=True)
+
+
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
     """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); without `rngs`, x itself.
 
@@ -242,8 +247,7 @@ class MLP(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(self, x_RD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        gelu = gelu_erf if self.gelu == "erf" else jax.nn.gelu  # whose default is tanh
-        h_RF = gelu(self.c_fc(x_RD))
+        h_RF = gelu(self.c_fc(x_RD), self.gelu)
         return dropout(self.c_proj(h_RF), self.dropout, rngs)
 
 

@@ -178,6 +178,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     options = dataclasses.asdict(config)
     start_from = config.init_from if meta is None else str(step_dir)
     jax_processes.meet(processes, options | files | {"init_from": start_from})
+    if processes.count > 1:
+        stop.listen()  # a signal that ended one of them now would leave the others waiting
 
     # ------------------------------------------------------------------------------------------------------------------
     # devices. jax is imported only here, so that a mistake in options or data is told at once
@@ -187,8 +189,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
-    with configurator.one_line_errors(ValueError):
+    try:
         devices = utils.find_devices(config.device, config.deterministic)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     if layout.devices < len(devices) and processes.count > 1:
         raise ConfigError(
