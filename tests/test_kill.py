@@ -13,7 +13,7 @@ from tests import torture
 
 
 def test_run_killed_at_random_moments_is_the_run_never_killed(tmp_path, environment):
-    outcome = torture.torture(tmp_path, kills=3, iters=240, seed=5, env=environment)
+    outcome = torture.torture(tmp_path, kills=3, iters=600, seed=5, env=environment)
     assert outcome.faults == []
     assert sum(outcome.kills.values()) == 3 and outcome.starts == 4
     assert max(outcome.lost) <= 200  # a save every 20, one on its way, and on a slow disk training runs ahead
