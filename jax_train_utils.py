@@ -12,6 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,6 +190,9 @@ def keep_compiled_code() -> None:
     JAX_COMPILATION_CACHE_DIR decides where, if it is set. Code for a CPU may use all its instructions: each kind of
     processor has a folder of its own, in case a home directory is shared. Several processes may use it at once.
     """
+    for name, value in {"min_compile_time_secs": 0.0, "min_entry_size_bytes": -1}.items():  # small ones add up
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", value)
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     cpuinfo = Path("/proc/cpuinfo")
@@ -202,8 +206,6 @@ def keep_compiled_code() -> None:
         print(f"note: no folder for compiled code, so each start compiles anew ({error})")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small functions too: they add up
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
@@ -276,6 +278,12 @@ def shard_rows(rows_RT: np.ndarray, micro_batches: int, mesh: Mesh) -> jax.Array
     """
     rows_ABT = rows_RT.reshape(micro_batches, -1, rows_RT.shape[-1])
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, "data", None)), rows_ABT)
+
+
+def abstract_rows(layout: Layout, T: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What `shard_rows` gives for an iteration's rows, of all processes, without any rows."""
+    A, B = layout.micro_batches, layout.devices * layout.rows_per_device
+    return jax.ShapeDtypeStruct((A, B, T), jnp.int32, sharding=NamedSharding(mesh, P(None, "data", None)))
 
 
 def own_rows(rows: int, micro_batches: int, mesh: Mesh) -> np.ndarray:
@@ -378,6 +386,17 @@ def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformatio
         step = functools.partial(step, axis="data")
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), rows, rows, P(), P()), out_specs=P(), check_vma=False)
     return jax.jit(step, donate_argnums=0)
+
+
+def compile_ahead(jitted: Any, *arguments: Any) -> Future:
+    """A jitted function compiled for such arguments, arrays or their shapes, while the caller goes on.
+
+    Not on an accelerator: there XLA tries out kernels as it compiles, and nothing may run beside them.
+    """
+    thread = ThreadPoolExecutor(max_workers=1)
+    compiling = thread.submit(jitted.lower(*arguments).compile)
+    thread.shutdown(wait=jax.default_backend() != "cpu")
+    return compiling
 
 
 def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig) -> jax.Array:

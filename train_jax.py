@@ -323,7 +323,11 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # training
 
-    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh)
+    rows_ABT = utils.abstract_rows(layout, config.block_size, mesh)
+    train_step = utils.compile_ahead(  # while the model is evaluated for the first time
+        utils.compile_train_step(model, optimizer, config.seed, mesh),
+        utils.abstract_state(model, optimizer, mesh), rows_ABT, rows_ABT, np.float32(0), np.int32(0),
+    )  # fmt: skip
     own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some
     timed_since, timed_from = time.perf_counter(), progress.step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
@@ -405,7 +409,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             if last or stopping:
                 break
 
-            state, metrics = train_step(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
+            state, metrics = train_step.result()(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             in_flight = step, metrics
             progress.step += 1
