@@ -103,17 +103,17 @@ def main() -> None:
     first_step = time.perf_counter() - compiled
 
     batches = jax_data.prefetch(device_rows, 1)
-    in_flight, ended, waits = metrics, [], []
+    batch, in_flight, ended, waits = next(batches), metrics, [], []
 
     def run_steps(number: int) -> None:
-        nonlocal state, in_flight
+        nonlocal state, batch, in_flight
         for i in range(number):
-            before = time.perf_counter()
-            batch = next(batches)
-            waits.append(time.perf_counter() - before)
             state, metrics = train_step(state, *batch, np.float32(config.learning_rate), np.int32(i))
             jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
             in_flight = metrics
+            before = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - before)
             ended.append(time.perf_counter())
             if devices[0].platform == "cpu":
                 jax.block_until_ready(state)  # host-device sync, as in the trainer

@@ -5,11 +5,11 @@ meta.json that says how the ids were made. A batch is a pure function of (data, 
 is no loader state to save, so a resumed run sees exactly the batches it would have seen.
 """
 
-import itertools
 import json
 import os
 import pickle
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -348,17 +348,20 @@ def _fingerprint(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def prefetch(make: Callable[[int], Batch], start: int, ahead: int = 2) -> Generator[Batch, None, None]:
-    """Yield make(start), make(start + 1), ... made in a thread, at most `ahead` of them in advance.
+def prefetch(
+    make: Callable[[int], Batch], start: int, end: int | None = None, *, ahead: int = 2
+) -> Generator[Batch, None, None]:
+    """Yield make(start), ..., make(end - 1), made in a thread, at most `ahead` of them in advance; None: without end.
 
     An exception in make is raised here. Closing the generator, or dropping it, ends the thread.
     """
+    steps = range(start, sys.maxsize if end is None else end)
     ready: queue.SimpleQueue[tuple[Batch | None, BaseException | None]] = queue.SimpleQueue()
     room = threading.Semaphore(ahead)
     stop = threading.Event()
 
     def work() -> None:
-        for step in itertools.count(start):
+        for step in steps:
             room.acquire()
             if stop.is_set():
                 return
@@ -371,7 +374,7 @@ def prefetch(make: Callable[[int], Batch], start: int, ahead: int = 2) -> Genera
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while True:
+        for _ in steps:
             batch, error = ready.get()
             if error is not None:
                 raise error

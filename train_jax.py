@@ -375,7 +375,9 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             timed_since, timed_from = now, iteration + 1
             log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
 
-    batches = jax_data.prefetch(make_batch, progress.step)
+    batches = jax_data.prefetch(make_batch, progress.step, config.max_iters)
+    batch: list[jax.Array] | None = None  # of the next iteration
+    bad_data: jax_data.DataError | None = None
     exit_code = EXIT_MACHINE_FAILED  # unless the loop comes to its end
     try:
         while True:
@@ -406,13 +408,18 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             elif save_due and saved_at != step and not stopping:
                 report_in_flight()
                 save(is_best=False, last=last)
-            if last or stopping:
+            if last or stopping or bad_data is not None:
                 break
 
-            state, metrics = train_step.result()(state, *next(batches), np.float32(lr_at(step)), np.int32(step))
+            batch = batch or next(batches)
+            state, metrics = train_step.result()(state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             in_flight = step, metrics
             progress.step += 1
+            try:
+                batch = next(batches, None)  # not before the step: the thread that makes the one after would hold it up
+            except jax_data.DataError as error:  # what was computed before it is good, and is saved first
+                bad_data = error
             if devices[0].platform == "cpu":
                 # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
                 # virtual CPU devices would deadlock in their all-reduce
@@ -439,6 +446,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         with telling_of_a_failed_save():
             saver.close()
         exit_code = log.close(exit_code)
+    if bad_data is not None:
+        raise bad_data
     if stopping and exit_code == EXIT_STOPPED:
         print(f"stopped by {stopping.name} at step {progress.step} and saved; --init_from=resume goes on from there")
     return exit_code

@@ -234,6 +234,17 @@ def test_prefetch_yields_every_step_in_order():
     batches.close()
 
 
+def test_prefetch_makes_nothing_past_its_end():
+    made: list[int] = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        return step
+
+    assert list(prefetch(make, 5, 9)) == made == [5, 6, 7, 8]
+    assert list(prefetch(make, 9, 9)) == [] and len(made) == 4
+
+
 def test_prefetch_is_at_most_two_ahead():
     made: list[int] = []
     enough = threading.Event()

@@ -355,6 +355,24 @@ def test_skipped_updates_change_nothing_are_counted_across_a_resume_and_end_with
     assert all(math.isfinite(loss) for k, loss in log.items() if k not in (5, 12))
 
 
+def test_data_that_turns_bad_ends_the_run_with_2_and_what_was_computed_is_saved(run, start, workdir):
+    process = start("tiny.py", "--max_iters=1000000", "--lr_decay_iters=20")
+    wait_for_line(process, "iter 3:")
+    good = (workdir / "data" / "tiny" / "train.bin").read_bytes()
+    with (workdir / "data" / "tiny" / "train.bin").open("r+b") as file:
+        file.write(b"\xff" * len(good))
+    errors = process.communicate()[1]
+    assert process.returncode == 2 and leftovers(workdir / "out") == []
+    assert re.fullmatch(r"error: data/tiny: a token id in the train data is 65535, not below \d+\n", errors)
+
+    (workdir / "data" / "tiny" / "train.bin").write_bytes(good)
+    saved = steps(workdir / "out")[-1]
+    iterations = [record["iter"] for record in metrics(workdir / "out") if "loss" in record]
+    assert iterations == list(range(saved)) and saved > 3
+    done = run("train_jax.py", "--init_from=resume", "--out_dir=out", f"--max_iters={saved + 1}")
+    assert f"iter {saved}: " in done.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # wandb
 
