@@ -416,6 +416,28 @@ def test_dropout_masks_look_like_coin_flips(shape):
     assert 0.6 < spread < 1.5
 
 
+@pytest.mark.parametrize("T", [1, 128, 129, 300, 520])  # one block of queries, two, three and four
+def test_attention_in_blocks_and_its_gradient_are_those_of_the_formula(T):
+    G, H = 2, 4
+    random = np.random.default_rng(T)
+    wide = random.standard_normal((5, G, T, H))
+    qkv, direction, dy_GTH = wide[:3], random.standard_normal((3, G, T, H)), wide[4]
+
+    def formula(q_GTH, k_GTH, v_GTH):
+        scores_GTS = np.where(np.tril(np.ones((T, T), bool)), q_GTH @ k_GTH.swapaxes(1, 2) / math.sqrt(H), -np.inf)
+        weights_GTS = np.exp(scores_GTS - scores_GTS.max(axis=-1, keepdims=True))
+        return weights_GTS / weights_GTS.sum(axis=-1, keepdims=True) @ v_GTH
+
+    y_GTH, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, 0.0, None), *jnp.asarray(qkv, jnp.float32))
+    np.testing.assert_allclose(y_GTH, formula(*qkv), rtol=1e-4, atol=1e-5)
+    step = 1e-5 * direction
+    expected = np.sum(dy_GTH * (formula(*(qkv + step)) - formula(*(qkv - step)))) / 2e-5
+    slope = sum(
+        np.sum(np.float64(d) * a) for d, a in zip(back(jnp.asarray(dy_GTH, jnp.float32)), direction, strict=True)
+    )
+    assert slope == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_softmax_has_the_gradient_of_its_formula():
     random = np.random.default_rng(0)
     scores, dweights = (jnp.asarray(random.standard_normal((3, 5, 7)), jnp.float32) * 3 for _ in range(2))
