@@ -260,7 +260,19 @@ def draw(logits_BV: jax.Array, row_keys_B: jax.Array, number: jax.Array | int, s
         return likeliest(logits_BV)
     logits_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, number)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return pick(jax.nn.softmax(logits_BV, axis=-1), jax.vmap(jax.random.uniform)(keys_B))
+
+
+def pick(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """Tokens, (B,) int32, by their probabilities: the first up to which they add up to more than uniform_B in [0, 1).
+
+    One random number a row. jax.random.categorical takes one for each token of the vocabulary, and on a CPU a tenth of
+    the time of a small model. However the sums are rounded, it is never a token of probability 0.
+    """
+    V = probabilities_BV.shape[-1]
+    sums_BV = jnp.where(probabilities_BV > 0, jnp.cumsum(probabilities_BV, axis=-1), 0)
+    enough_BV = sums_BV > uniform_B[:, None] * sums_BV.max(axis=-1, keepdims=True)
+    return jnp.where(enough_BV, jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=-1)
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:

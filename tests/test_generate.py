@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jax_cache
@@ -200,7 +200,8 @@ def test_sampled_tokens_are_drawn_from_the_uncached_logits_with_the_rows_own_key
         ids = list(prompt)
         for j in range(14):  # the third row leaves the window on the way, the second does not
             key = jax.random.fold_in(jax.random.fold_in(KEY, row), j)
-            ids.append(int(jax.random.categorical(key, jnp.asarray(next_logits(PARAMS, ids)) / 1.7)))
+            sums = np.cumsum(np.exp(np.float64(next_logits(PARAMS, ids)) / 1.7))
+            ids.append(int(np.searchsorted(sums, float(jax.random.uniform(key)) * sums[-1], side="right")))
         assert new_ids == ids[len(prompt) :]
 
 
@@ -272,6 +273,23 @@ def test_likeliest_is_argmax_also_of_equals_and_of_a_nan():
     logits_BV[0], logits_BV[1, 5:], logits_BV[2, 3] = -np.inf, -np.inf, np.inf
     np.testing.assert_array_equal(jax_generate.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
     assert 0 <= int(jax_generate.likeliest(jnp.full((1, 29), jnp.nan))[0]) < 29
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.1, 1.0]), min_size=1, max_size=300).filter(any), st.integers(0))
+@example([1e-7] * 200 + [0.0] * 100, 2**23 - 1)
+@example([0.0] * 100 + [1.0] + [0.0] * 100, 2**23 - 1)
+def test_a_token_of_probability_0_is_never_picked_whatever_the_random_number(probabilities, seed):
+    row_V = np.zeros(300, np.float32)  # always as many, so that it compiles once
+    row_V[: len(probabilities)] = np.array(probabilities) / sum(probabilities)
+    uniform_B = np.array([0, 2**23 - 1, seed % 2**23], np.float32) / np.float32(
+        2**23
+    )  # all that jax.random.uniform gives
+    picked_B = jax.jit(jax_generate.pick)(jnp.tile(row_V, (3, 1)), jnp.asarray(uniform_B))
+    assert (row_V[picked_B] > 0).all()
+    sums = np.cumsum(np.float64(row_V))
+    before_B, after_B = (sums - row_V)[picked_B], sums[picked_B]
+    assert (before_B - 1e-5 <= uniform_B * sums[-1]).all() and (uniform_B * sums[-1] <= after_B + 1e-5).all()
 
 
 def test_frequencies_are_the_models_probabilities():
