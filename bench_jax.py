@@ -44,6 +44,7 @@ class BenchConfig(TrainConfig):
     real_data: bool = True  # batches from the data set; without: random tokens, the same at every step
     warmup_steps: AtLeast1 = 10  # steps before the timed ones
     steps: AtLeast1 = 20  # steps timed
+    steps_per_dispatch: AtLeast1 = 1  # steps in one call, to see what the calls cost; the trainer makes one
     prompt_tokens: AtLeast1 = 64  # generation: tokens of each prompt, at most half of block_size
     new_tokens: Annotated[int, Between(0)] = 64  # generation: tokens added, batch_size rows at once; 0 leaves it out
     json: str = ""  # write the figures to this file
@@ -57,6 +58,7 @@ def main() -> None:
     data_dir, vocab_size = find_data(config)
 
     import jax
+    import jax.numpy as jnp
 
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
@@ -94,25 +96,41 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # the training step: compiled, run for the first time, warmed up, timed
 
-    arguments = (*device_rows(0), np.float32(config.learning_rate), np.int32(0))
+    scalars = np.float32(config.learning_rate), np.int32(0)
+    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh)
+    at_once = config.steps_per_dispatch
+    batches = jax_data.prefetch(device_rows, 0, ahead=2 * at_once)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def several_steps(state, pairs, learning_rate, iteration):
+        """Updates on the pairs (x_ABT, y_ABT), in one dispatch."""
+        pairs = jax.tree.map(lambda *arrays: jnp.stack(arrays), *pairs)
+        state, metrics = jax.lax.scan(
+            lambda state, pair: train_step(state, *pair, learning_rate, iteration), state, pairs
+        )
+        return state, jax.tree.map(lambda a: a[-1], metrics)
+
+    def next_batch() -> tuple:
+        """What a dispatch takes: one pair, or several."""
+        return tuple(next(batches)) if at_once == 1 else (tuple(tuple(next(batches)) for _ in range(at_once)),)
+
+    batch = next_batch()
     started = time.perf_counter()
-    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh).lower(state, *arguments).compile()
+    dispatch = (train_step if at_once == 1 else several_steps).lower(state, *batch, *scalars).compile()
     compiled = time.perf_counter()
-    state, metrics = train_step(state, *arguments)
+    state, metrics = dispatch(state, *batch, *scalars)
     jax.block_until_ready(metrics)
     first_step = time.perf_counter() - compiled
-
-    batches = jax_data.prefetch(device_rows, 1)
-    batch, in_flight, ended, waits = next(batches), metrics, [], []
+    batch, in_flight, ended, waits = next_batch(), metrics, [], []
 
     def run_steps(number: int) -> None:
         nonlocal state, batch, in_flight
-        for i in range(number):
-            state, metrics = train_step(state, *batch, np.float32(config.learning_rate), np.int32(i))
+        for _ in range(-(-number // at_once)):
+            state, metrics = dispatch(state, *batch, *scalars)
             jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
             in_flight = metrics
             before = time.perf_counter()
-            batch = next(batches)
+            batch = next_batch()
             waits.append(time.perf_counter() - before)
             ended.append(time.perf_counter())
             if devices[0].platform == "cpu":
@@ -122,7 +140,7 @@ def main() -> None:
     ended, waits = ended[-1:], []
     run_steps(config.steps)
     jax.block_until_ready(state)
-    step_ms = spread([1000 * (b - a) for a, b in itertools.pairwise(ended)])
+    step_ms = spread([1000 * (b - a) / at_once for a, b in itertools.pairwise(ended)])
     peak = jax_run_log.peak_flops(devices[0].device_kind, dtype)
     flops = tokens * flops_per_token(model)
     mfu = None if peak is None else 100 * flops / (step_ms["median"] / 1000) / (peak * layout.devices)

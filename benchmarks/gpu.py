@@ -35,6 +35,7 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
         table["nanogpt gpt2 x32"] = ("nanogpt bench", ["--batch_size=32"], {})
     table["gpt2 x64"] = ("bench", [*GPT2, "--batch_size=64"], {})
     table["char step"] = ("bench", [*CHAR, "--steps=200"], {})
+    table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps=200", "--steps_per_dispatch=10"], {})
     table["char run"] = ("train", ["config/train_shakespeare_char.py"], {})
     if nanogpt is not None:
         table["nanogpt gpt2 x64"] = ("nanogpt bench", ["--batch_size=64"], {})

@@ -46,6 +46,14 @@ def test_bench_without_the_data_set_takes_random_tokens_and_says_so(run):
     assert "note: random tokens, since no data set 'nowhere'" in done.stdout
 
 
+def test_bench_makes_several_steps_in_one_dispatch(run, workdir):
+    few = ("--warmup_steps=1", "--eval_iters=1", "--new_tokens=0", "--json=bench.json")
+    done = run("bench_jax.py", "tiny.py", "--steps=6", "--steps_per_dispatch=3", *few, JAX_LOG_COMPILES="1")
+    assert "Compiling jit(several_steps)" in done.stderr and "Compiling jit(train_step)" not in done.stderr
+    train = json.loads((workdir / "bench.json").read_text())["train"]
+    assert train["tokens_per_s"] == pytest.approx(2 * 4 * 16 / train["ms"]["median"] * 1000)
+
+
 def test_bench_mistake_is_one_line(run):
     assert run("bench_jax.py", "tiny.py", "--n_head=3", expect=2).stderr.count("\n") == 1
     assert run("bench_jax.py", "tiny.py", "--burn=3", expect=2).stderr.count("\n") == 1
