@@ -391,7 +391,8 @@ def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformatio
 def compile_ahead(jitted: Any, *arguments: Any) -> Future:
     """A jitted function compiled for such arguments, arrays or their shapes, while the caller goes on.
 
-    Not on an accelerator: there XLA tries out kernels as it compiles, and nothing may run beside them.
+    result() of what is returned waits for it and is the function to call, or raises what the compiler raised.
+    On an accelerator it is done on return: there XLA tries out kernels as it compiles, and nothing may run beside them.
     """
     thread = ThreadPoolExecutor(max_workers=1)
     compiling = thread.submit(jitted.lower(*arguments).compile)

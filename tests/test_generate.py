@@ -282,9 +282,8 @@ def test_likeliest_is_argmax_also_of_equals_and_of_a_nan():
 def test_a_token_of_probability_0_is_never_picked_whatever_the_random_number(probabilities, seed):
     row_V = np.zeros(300, np.float32)  # always as many, so that it compiles once
     row_V[: len(probabilities)] = np.array(probabilities) / sum(probabilities)
-    uniform_B = np.array([0, 2**23 - 1, seed % 2**23], np.float32) / np.float32(
-        2**23
-    )  # all that jax.random.uniform gives
+    # jax.random.uniform gives multiples of 2^-23: the least, the largest, and any
+    uniform_B = np.array([0, 2**23 - 1, seed % 2**23], np.float32) / np.float32(2**23)
     picked_B = jax.jit(jax_generate.pick)(jnp.tile(row_V, (3, 1)), jnp.asarray(uniform_B))
     assert (row_V[picked_B] > 0).all()
     sums = np.cumsum(np.float64(row_V))
