@@ -9,10 +9,8 @@ verifying and reading `meta` need neither orbax nor jax, so that a bad command l
 """
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -21,8 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
-MANIFEST = "MANIFEST.json"
+from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
+
+SCHEMA = 3  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
+SMALL = 1 << 20  # bytes; an array with fewer is saved joined to others, see _join_small
 
 # What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
 META_TYPES: dict[str, tuple[type | None, ...]] = {
@@ -54,74 +54,13 @@ class SaveError(Exception):
     """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good."""
 
     def __init__(self, step_dir: Path, cause: BaseException):
+        if isinstance(cause, shutil.Error):  # of copytree, for every file that failed: from, to, why
+            cause = OSError(cause.args[0][0][2])
         said = " ".join(f"{type(cause).__name__}: {cause}".split())
         if len(said) > 300:  # tensorstore names many paths, and the reason at the end
             said = f"{said[:100]} ... {said[-160:]}"
         super().__init__(f"saving checkpoint {step_dir} failed: {said}")
         self.step = int(step_dir.name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# manifests
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())  # orbax does not: without it a manifest could outlive the bytes it vouches for
-    return digest
-
-
-def _checksum(files: dict[str, dict]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_manifest(step_dir: Path) -> None:
-    """Vouch for every file of a finished step. From the rename on, the step exists."""
-    paths = sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = {p.relative_to(step_dir).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
-    temporary = step_dir / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"files": files, "checksum": _checksum(files)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(step_dir / MANIFEST)
-    _fsync(step_dir)
-    _fsync(step_dir.parent)
-
-
-def find_fault(step_dir: Path) -> str | None:
-    """What is wrong with a step, or None: every byte of every file is as it was sealed."""
-    try:
-        manifest = json.loads((step_dir / MANIFEST).read_bytes())
-        files = manifest["files"]
-        if manifest["checksum"] != _checksum(files):
-            return f"{MANIFEST} is damaged"
-        for name, expected in files.items():
-            path = step_dir / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} is damaged (its sha256 differs)"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}, so its save never finished"
-    except OSError as error:
-        return f"it cannot be read ({error})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not JSON, or JSON of another form
-        return f"{MANIFEST} is damaged"
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,6 +152,8 @@ def migrate(meta: dict[str, Any]) -> dict[str, Any]:
     """`meta` of any schema since 1 in the form of SCHEMA, one step after the other. Pure."""
     if meta["schema"] == 1:  # before updates could be skipped, and before a change of devices was told
         meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
+    if meta["schema"] == 2:  # before small arrays were joined, which `restore` sees for itself
+        meta = meta | {"schema": 3}
     return meta
 
 
@@ -243,52 +184,137 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     path = step_dir.resolve()  # orbax refuses a relative path
+    args, small = {}, dict[str, Any]()
     try:
         with _checkpointer() as checkpointer:
             on_disk = checkpointer.metadata(path).item_metadata
             for name, wanted in items.items():
                 if name not in on_disk:
                     raise FileNotFoundError(path / name)
-                _check_leaves(path / name, on_disk[name].tree, wanted)
-            args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
+                small[name] = (on_disk[name].custom_metadata or {}).get("small")
+                _check_leaves(path / name, _named(on_disk[name].tree), small[name] or {}, _named(wanted))
+                target = wanted if small[name] is None else _joined_target(small[name], _named(wanted))
+                restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+                args[name] = ocp.args.PyTreeRestore(target, restore_args=restore_args)
             restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
     except FileNotFoundError as error:  # the trainer of this run keeps only the newest
         raise CheckpointError(f"{step_dir} was removed while it was being read; run the same command again") from error
-    return {name: restored[name] for name in items}
+    return {
+        name: restored[name] if small[name] is None else _part_joined(restored[name], small[name], wanted)
+        for name, wanted in items.items()
+    }
 
 
-def _checkpointer() -> Any:
-    """orbax for the items of a step, in this process alone: where several train, it would have each wait for all."""
-    import jax
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint.options import MultiprocessingOptions
-
-    me = jax.process_index()
-    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
-    # Every item is named, also those that are not asked for: orbax warns about items it has no handler for.
-    handler = ocp.CompositeCheckpointHandler(
-        params=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        opt_state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _check_leaves(path: Path, on_disk: Any, wanted: Any) -> None:
-    import jax
-
-    def described(tree: Any) -> dict[str, str]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(key, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for key, x in leaves}
-
-    saved, expected = described(on_disk), described(wanted)
+def _check_leaves(path: Path, on_disk: dict[str, Any], small: dict[str, str], wanted: dict[str, Any]) -> None:
+    """Whether what is on disk, small arrays beside the others, is what is wanted. All by name."""
+    saved = {name: _described(x) for name, x in on_disk.items() if not name.startswith(JOINED)} | small
+    expected = {name: _described(x) for name, x in wanted.items()}
     faults = [f"{name}: {saved.get(name, 'missing')}, expected {shape}" for name, shape in expected.items()]
     faults = [fault for fault, name in zip(faults, expected, strict=True) if saved.get(name) != expected[name]]
     faults += [f"{name}: unexpected" for name in saved if name not in expected]
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(faults[:5])}{more}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the form on disk: every array under the name of its path, the small ones of a dtype joined to one
+
+JOINED = "joined."  # and the dtype: the name of such an array
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, like h.0.attn.c_attn.kernel, in the tree's order."""
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _described(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _join_small(tree: Any, copy: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """A tree's arrays by name, the small ones joined in the tree's order; and which these are: name -> dtype[shape].
+
+    orbax takes a millisecond of processor time for an array, however small it is. copy: the large ones are copies, too.
+    """
+    import numpy as np
+
+    named = _named(tree)
+    for array in named.values():
+        array.copy_to_host_async()
+    small = {name: array for name, array in named.items() if array.nbytes < SMALL}
+    joined: dict[str, list[np.ndarray]] = {}
+    for array in small.values():  # host-device sync
+        joined.setdefault(f"{JOINED}{array.dtype}", []).append(np.asarray(array).ravel())
+    arrays = {name: _to_host(array) if copy else array for name, array in named.items() if name not in small}
+    arrays |= {name: np.concatenate(parts) for name, parts in joined.items()}
+    return arrays, {name: _described(array) for name, array in small.items()}
+
+
+def _to_host(array: Any) -> Any:
+    """A copy as numpy's. It stays as it is when the array is donated."""
+    import numpy as np
+
+    # host-device sync. On a CPU numpy would look at the very memory that is going to be donated.
+    on_cpu = next(iter(array.devices())).platform == "cpu"
+    return np.array(array) if on_cpu else np.asarray(array)
+
+
+def _joined_target(small: dict[str, str], wanted: dict[str, Any]) -> dict[str, Any]:
+    """What orbax is to restore: the large arrays into their shardings, the joined ones to the host."""
+    import numpy as np
+
+    sizes: dict[np.dtype, int] = {}
+    for name in small:
+        sizes[wanted[name].dtype] = sizes.get(wanted[name].dtype, 0) + wanted[name].size
+    joined = {f"{JOINED}{dtype}": np.empty(size, dtype) for dtype, size in sizes.items()}
+    return {name: x for name, x in wanted.items() if name not in small} | joined
+
+
+def _part_joined(arrays: dict[str, Any], small: dict[str, str], wanted: Any) -> Any:
+    """The tree that is wanted, from its arrays by name with the small ones joined."""
+    import jax
+
+    places, starts = _named(wanted), dict.fromkeys(arrays, 0)
+    for name in filter(small.__contains__, places):
+        place, joined = places[name], f"{JOINED}{places[name].dtype}"
+        start, starts[joined] = starts[joined], starts[joined] + place.size
+        values = arrays[joined][start : starts[joined]].reshape(place.shape)
+        arrays[name] = jax.make_array_from_callback(place.shape, place.sharding, values.__getitem__)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in places])
+
+
+def _checkpointer() -> Any:
+    """orbax for the items of a step, in this process alone: where several train, it would have each wait for all."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    kinds = type_handlers.create_type_handler_registry(
+        (jax.Array, type_handlers.ArrayHandler()),
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),  # nobody writes to what we give it
+    )
+
+    def arrays() -> Any:  # a folder for each; weights hardly shrink by compression, and it takes longer than writing
+        return ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False, multiprocessing_options=alone, type_handler_registry=kinds
+        )
+
+    # Every item is named, also those that are not asked for: orbax warns about items it has no handler for.
+    handler = ocp.CompositeCheckpointHandler(
+        params=arrays(),
+        opt_state=arrays(),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +337,7 @@ class Saver:
         self.root, self.best = Path(out_dir).resolve() / "checkpoints", Path(out_dir).resolve() / "best"
         self.log = self.root.parent / "metrics.jsonl"
         self.keep = keep
-        _leave_failures_to_us()
+        _leave_the_telling_to_us()
         self._orbax = _checkpointer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._has_failed = False
@@ -333,14 +359,13 @@ class Saver:
         self.wait()
         if not self.saves:
             return
-        arrays = {"params": params, "opt_state": opt_state}
-        if not last or jax.process_count() > 1:  # of the arrays of several processes, orbax would want each to save
-            try:
-                arrays = _to_host(arrays)
-            except (RuntimeError, MemoryError) as error:  # XLA's own errors are RuntimeErrors
-                raise SaveError(self.root / str(step), error) from error
+        copy = not last or jax.process_count() > 1  # of the arrays of several processes, orbax would want each to save
+        try:
+            items = {"params": _join_small(params, copy), "opt_state": _join_small(opt_state, copy)}
+        except (RuntimeError, MemoryError) as error:  # XLA's own errors are RuntimeErrors
+            raise SaveError(self.root / str(step), error) from error
         meta = {"schema": SCHEMA, "step": step, **meta}
-        self._saving = step, self._thread.submit(self._save, step, arrays, meta, is_best)
+        self._saving = step, self._thread.submit(self._save, step, items, meta, is_best)
 
     def copy_to_best(self, step: int) -> None:
         """Make best/ a copy of a step saved before."""
@@ -348,19 +373,22 @@ class Saver:
         if self.saves:
             self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
 
-    def _save(self, step: int, arrays: dict[str, Any], meta: dict[str, Any], is_best: bool) -> None:
+    def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
         import orbax.checkpoint as ocp
 
         step_dir = self.root / str(step)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        args = {
+            name: ocp.args.PyTreeSave(arrays, custom_metadata={"small": small})
+            for name, (arrays, small) in items.items()
+        }
         try:
-            self._orbax.save(step_dir, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True)
+            self._orbax.save(step_dir, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
             # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
             if is_best:
                 self._copy_to_best(step_dir)
             if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
                 with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
-                    _fsync(self.log)
+                    fsync(self.log)
             write_manifest(step_dir)
         except BaseException:
             self._remove_leftovers()  # a full disk needs the room
@@ -422,27 +450,17 @@ class Saver:
                 time.sleep(0.1)
 
 
-def _to_host(tree: Any) -> Any:
-    """Copies of a tree's arrays as numpy's. They stay as they are when the arrays are donated."""
-    import jax
-    import numpy as np
-
-    for leaf in jax.tree.leaves(tree):
-        leaf.copy_to_host_async()
-    # host-device sync. On a CPU numpy would look at the very memory that is going to be donated.
-    return jax.tree.map(lambda a: np.array(a) if next(iter(a.devices())).platform == "cpu" else np.asarray(a), tree)
-
-
-def _leave_failures_to_us() -> None:
+def _leave_the_telling_to_us() -> None:
     """A SaveError is the one line that a person gets: orbax, asyncio and tensorstore print tracebacks for the same."""
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_has_no_traceback)
+        logging.getLogger(name).addFilter(_is_worth_telling)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # given up at the first error
     sys.unraisablehook = _all_but_late_answers
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    return record.exc_info is None
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Not a traceback, and not orbax's warning at each save that it has no files of several processes to merge."""
+    return record.exc_info is None and "Skipping merge of OCDBT" not in record.getMessage()
 
 
 def _all_but_late_answers(unraisable: Any, usual: Any = sys.__unraisablehook__) -> None:

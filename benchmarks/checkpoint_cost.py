@@ -4,7 +4,9 @@
         --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
 
 What follows `--` goes to the trainer. The time of an iteration is the mean from the log, saves included, without the
-first tenth (compilation, warm-up) and evaluations. A machine's speed drifts: only the two of a round are compared.
+first tenth (compilation, warm-up) and evaluations. A machine's speed drifts: only the two of a round are compared. Two runs
+of the same program differ by some percent, so there is a second measure within the run that saves: its iterations around a
+save beside those from there to the next.
 """
 
 import argparse
@@ -26,24 +28,40 @@ def main() -> int:
     parser.add_argument("flags", nargs="+", help="config files and flags for the trainer")
     args = parser.parse_args()
 
-    ratios = []
+    ratios, shares = [], []
     for number in range(args.rounds):
-        ms = {}
+        ms, times = {}, {}
         order = [0, args.every] if number % 2 else [args.every, 0]  # neither is always the first
         for save_interval in order:
-            ms[save_interval] = milliseconds(args.flags, args.iters, save_interval)
+            times[save_interval] = milliseconds(args.flags, args.iters, save_interval)
+            ms[save_interval] = statistics.fmean(times[save_interval].values())
         ratios.append(ms[args.every] / ms[0])
+        shares.append(share_of_saves(times[args.every], args.every))
         print(
             f"round {number + 1} of {args.rounds}: {ms[0]:.2f} ms an iteration without checkpoints, "
-            f"{ms[args.every]:.2f} ms with one every {args.every}: {ratios[-1] - 1:+.1%}",
+            f"{ms[args.every]:.2f} ms with one every {args.every}: {ratios[-1] - 1:+.1%}; "
+            f"by the iterations around a save {shares[-1]:+.1%}",
             flush=True,
         )
-    print(f"median {statistics.median(ratios) - 1:+.1%} ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})")
+    print(
+        f"median {statistics.median(ratios) - 1:+.1%} ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%}); "
+        f"by the iterations around a save {statistics.median(shares):+.1%} ({min(shares):+.1%} to {max(shares):+.1%})"
+    )
     return 0
 
 
-def milliseconds(flags: list[str], iters: int, save_interval: int) -> float:
-    """Mean time of an iteration of one run."""
+def share_of_saves(ms: dict[int, float], every: int) -> float:
+    """Time that a save adds, over the time of the iterations between two: the median of all saves."""
+    shares = []
+    for save in (i for i in ms if i % every == 0 and i + every - 1 in ms):
+        around = [ms[i] for i in range(save, save + every // 2)]
+        usual = statistics.median(ms[i] for i in range(save + every // 2, save + every))
+        shares.append((statistics.fmean(around) - usual) * len(around) / (usual * every))
+    return statistics.median(shares)
+
+
+def milliseconds(flags: list[str], iters: int, save_interval: int) -> dict[int, float]:
+    """Iteration -> its time, of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, str(ROOT / "train_jax.py"), *flags, f"--out_dir={folder}/out", f"--max_iters={iters}",
@@ -53,7 +71,7 @@ def milliseconds(flags: list[str], iters: int, save_interval: int) -> float:
         if done.returncode:
             raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         records = map(json.loads, Path(folder, "out", "metrics.jsonl").read_text().splitlines())
-        return statistics.fmean(r["time_ms"] for r in records if r.get("iter", 0) >= iters // 10 and "loss" in r)
+        return {r["iter"]: r["time_ms"] for r in records if "loss" in r and r["iter"] >= iters // 10}
 
 
 if __name__ == "__main__":

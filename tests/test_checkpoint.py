@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,45 @@ def test_parameters_can_be_restored_alone_from_latest_and_best(out_dir):
 def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
     assert read_meta(find(out_dir)[0]) == ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "best_val_loss": 3.5}
     assert jax_checkpoint.best_val_loss(out_dir) == 1.5
+
+
+shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
+dtypes = st.sampled_from(["float32", "bfloat16", "float16", "int32", "uint32", "bool"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=8), st.integers(1, 300))
+def test_arrays_of_any_size_and_type_come_back_bit_for_bit_joined_or_not(sizes, small):
+    rng, values = np.random.default_rng(0), []
+    for shape, dtype in sizes:
+        values.append(jnp.asarray(rng.integers(0, 2, shape) if dtype == "bool" else rng.normal(9, 4, shape), dtype))
+    params = {"h": {str(i): {"w": value} for i, value in enumerate(values)}, "h-1": jnp.float32(1)}
+    state = [tuple(values), {"count": jnp.int32(3)}]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax_checkpoint, "SMALL", small)
+        saver = Saver(Path(folder), 1)
+        saver.save(1, params, state, ABOUT, is_best=False, last=small % 2 == 0)
+        saver.close()
+        patch.setattr(jax_checkpoint, "SMALL", 64)  # what was joined is told by the checkpoint
+        restored = restore(Path(folder, "checkpoints/1"), {"params": abstract(params), "opt_state": abstract(state)})
+    assert equal(restored, {"params": params, "opt_state": state})
+
+
+def test_small_arrays_are_joined_and_named_beside_the_large_ones(tmp_path):
+    import orbax.checkpoint as ocp
+
+    large = {"wte": jnp.arange(jax_checkpoint.SMALL // 4, dtype=jnp.float32)}
+    saver = Saver(tmp_path, 1)
+    saver.save(1, tree(0) | {"large": large}, optimizer_state(0), ABOUT, is_best=False)
+    saver.close()
+    with ocp.PyTreeCheckpointer() as checkpointer:  # as anyone reads an orbax checkpoint
+        saved = checkpointer.restore((tmp_path / "checkpoints/1/params").resolve())
+        metadata = checkpointer.metadata((tmp_path / "checkpoints/1/params").resolve())
+    assert set(saved) == {"joined.float32", "large.wte"} and np.array_equal(saved["large.wte"], large["wte"])
+    names = metadata.item_metadata.custom_metadata["small"]
+    assert names == {f"h.{i}.kernel": "float32[4, 4]" for i in range(11)} | {"wte.embedding": "float32[7, 4]"}
+    in_order = [leaf.ravel() for leaf in jax.tree.leaves(tree(0))]
+    assert np.array_equal(saved["joined.float32"], np.concatenate(in_order))
 
 
 def test_a_relative_directory_works(tmp_path, monkeypatch):
@@ -305,13 +345,16 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 
-def test_run_of_a_released_version_goes_on_with_the_losses_it_had_then(tmp_path, environment):
+@pytest.mark.parametrize("schema", range(2, jax_checkpoint.SCHEMA + 1))
+def test_run_of_a_released_version_goes_on_with_the_losses_it_had_then(tmp_path, environment, schema):
     spec = importlib.util.spec_from_file_location("golden_run", FIXTURES / "golden_run.py")
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     recipe.write_data(tmp_path)
-    shutil.copytree(FIXTURES / "golden_run", tmp_path / "out")
+    shutil.copytree(FIXTURES / f"golden_run_{schema}", tmp_path / "out")
+    about = json.loads((tmp_path / f"out/checkpoints/{recipe.STEPS}/meta/metadata").read_text())
+    assert about["schema"] == schema
     expected = json.loads((tmp_path / "out/losses.json").read_text())
     resume = ("--init_from=resume", "--out_dir=out", f"--max_iters={recipe.STEPS + recipe.MORE}")
     done = subprocess.run(
