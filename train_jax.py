@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import time
@@ -329,7 +330,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         utils.abstract_state(model, optimizer, mesh), rows_ABT, rows_ABT, np.float32(0), np.int32(0),
     )  # fmt: skip
     own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some
-    timed_since, timed_from = time.perf_counter(), progress.step  # the time per iteration is the mean since then
+    first_step = progress.step
+    timed_since, timed_from = time.perf_counter(), first_step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
     def make_batch(iteration: int) -> list[jax.Array]:
@@ -414,6 +416,9 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             batch = batch or next(batches)
             state, metrics = train_step.result()(state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
+            if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
+                gc.collect()
+                gc.freeze()
             in_flight = step, metrics
             progress.step += 1
             try:

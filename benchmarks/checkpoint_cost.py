@@ -4,9 +4,9 @@
         --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
 
 What follows `--` goes to the trainer. The time of an iteration is the mean from the log, saves included, without the
-first tenth (compilation, warm-up) and evaluations. A machine's speed drifts: only the two of a round are compared. Two runs
-of the same program differ by some percent, so there is a second measure within the run that saves: its iterations around a
-save beside those from there to the next.
+first tenth (compilation, warm-up) and evaluations. A machine's speed drifts: only the two of a round are compared. Two
+runs of one program still differ by some percent, so the second figure is from within the run that saves: the iterations
+after a save beside those before the next.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def main() -> int:
         print(
             f"round {number + 1} of {args.rounds}: {ms[0]:.2f} ms an iteration without checkpoints, "
             f"{ms[args.every]:.2f} ms with one every {args.every}: {ratios[-1] - 1:+.1%}; "
-            f"by the iterations around a save {shares[-1]:+.1%}",
+            f"by the iterations after a save {shares[-1]:+.1%}",
             flush=True,
         )
     print(
         f"median {statistics.median(ratios) - 1:+.1%} ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%}); "
-        f"by the iterations around a save {statistics.median(shares):+.1%} ({min(shares):+.1%} to {max(shares):+.1%})"
+        f"by the iterations after a save {statistics.median(shares):+.1%} ({min(shares):+.1%} to {max(shares):+.1%})"
     )
     return 0
 
@@ -54,9 +54,9 @@ def share_of_saves(ms: dict[int, float], every: int) -> float:
     """Time that a save adds, over the time of the iterations between two: the median of all saves."""
     shares = []
     for save in (i for i in ms if i % every == 0 and i + every - 1 in ms):
-        around = [ms[i] for i in range(save, save + every // 2)]
-        usual = statistics.median(ms[i] for i in range(save + every // 2, save + every))
-        shares.append((statistics.fmean(around) - usual) * len(around) / (usual * every))
+        after = statistics.fmean(ms[i] for i in range(save, save + every // 2))
+        later = statistics.fmean(ms[i] for i in range(save + every // 2, save + every))
+        shares.append((after - later) * (every // 2) / (later * every))
     return statistics.median(shares)
 
 
