@@ -127,7 +127,8 @@ def together(main: Callable[[Processes], int]) -> int:
         if first_to_fail and not processes.is_first:
             sys.stderr = stderr
             print(f"process {processes.index} on {socket.gethostname()}: ", end="", file=stderr)
-        if processes.set_up and type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error):
+        from_xla = type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)  # a ValueError, when told at once
+        if processes.set_up and from_xla and "RESOURCE_EXHAUSTED" not in str(error):
             # so it looks when another has gone; what that had to say, it has said itself
             raise ConnectionError(f"the exchange with the other processes failed: {error}") from error
         raise

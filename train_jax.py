@@ -429,6 +429,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
                 # virtual CPU devices would deadlock in their all-reduce
                 jax.block_until_ready(state)
+                report_in_flight()
             with telling_of_a_failed_save():
                 saver.check()
         report_in_flight()
