@@ -378,7 +378,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             log.iteration(iteration, values["loss"], lr_at(iteration), values["grad_norm"], seconds)
 
     batches = jax_data.prefetch(make_batch, progress.step, config.max_iters)
-    batch: list[jax.Array] | None = None  # of the next iteration
     bad_data: jax_data.DataError | None = None
     exit_code = EXIT_MACHINE_FAILED  # unless the loop comes to its end
     try:
@@ -410,10 +409,14 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             elif save_due and saved_at != step and not stopping:
                 report_in_flight()
                 save(is_best=False, last=last)
-            if last or stopping or bad_data is not None:
+            if last or stopping:
                 break
 
-            batch = batch or next(batches)
+            try:
+                batch = next(batches)
+            except jax_data.DataError as error:  # what was computed before it is good, and is saved first
+                bad_data = error
+                break
             state, metrics = train_step.result()(state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
@@ -421,10 +424,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 gc.freeze()
             in_flight = step, metrics
             progress.step += 1
-            try:
-                batch = next(batches, None)  # not before the step: the thread that makes the one after would hold it up
-            except jax_data.DataError as error:  # what was computed before it is good, and is saved first
-                bad_data = error
             if devices[0].platform == "cpu":
                 # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
                 # virtual CPU devices would deadlock in their all-reduce

@@ -271,7 +271,7 @@ def test_signal_during_an_evaluation_saves_when_that_is_through(start, finished)
     args = ("--init_from=resume", "--out_dir=finished", "--max_iters=1000", "--eval_interval=22", "--eval_iters=60000")
     process = start(*args)
     wait_for_line(process, "iter 21:")  # the next thing is an evaluation of seconds
-    time.sleep(0.2)
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate()
     assert process.returncode == 75

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,7 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished):
         workdir, environment, "--init_from=resume", "--out_dir=finished", "--max_iters=22", "--eval_iters=400000"
     )
     wait_for_line(process, "iter 21:")  # the next thing is an evaluation of many seconds
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for it to end
         process.wait(timeout=1)
