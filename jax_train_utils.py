@@ -169,17 +169,12 @@ def lay_out(rows: int, batch_size: int, available_devices: int) -> Layout:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what it is given back, and use it well. Once, before the first computation. For Linux.
+    """Have glibc keep what it is given back. Once, before the first computation; elsewhere than on Linux, nothing.
 
     XLA on a CPU allocates its temporary memory anew for every step. glibc asks the kernel for a block of that size and
     returns it at once, so each step begins with the kernel filling it with zeros: a third of a small model's step.
     Above 2 GB that is left as it is: a heap in which such a block just does not fit would grow by another of its size.
-
-    A CPU computes in the thread that asks for it: small blocks that this one allocated meanwhile would come to lie
-    where the step's had been, which then fits nowhere. 420 MB of a small model were 350 so, at the same speed.
     """
-    if not jax.distributed.is_initialized():  # an exchange with others has to wait for them, and the thread should not
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

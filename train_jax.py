@@ -432,7 +432,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             with telling_of_a_failed_save():
                 saver.check()
         report_in_flight()
-        if saved_at != progress.step:
+        if saved_at != progress.step and (bad_data is None or progress.step > 0):  # at 0 there is nothing to keep
             save(is_best=False, last=True)
         with telling_of_a_failed_save():
             saver.wait()

@@ -12,6 +12,7 @@ import io
 import re
 import shlex
 import tokenize
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,3 +258,9 @@ def test_no_path_of_a_machine(name):
 def test_a_path_of_a_machine_would_be_noticed():
     assert MACHINE_PATH.findall("see /home/me/x, (/tmp/y) and `/Users/me`")
     assert not MACHINE_PATH.findall("data/tmp/x, #!/bin/bash, https://a.org/home/b, ~/home/x, and/or")
+
+
+def test_every_module_is_in_the_package():
+    """Installed without the folder it came from, a module that pyproject.toml forgets would be missing."""
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert set(packaged) == {"configurator", *(path.stem for path in ROOT.glob("jax_*.py"))}
