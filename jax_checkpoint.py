@@ -243,9 +243,9 @@ def _join_small(tree: Any, copy: bool) -> tuple[dict[str, Any], dict[str, str]]:
     import numpy as np
 
     named = _named(tree)
-    for array in named.values():
-        array.copy_to_host_async()
     small = {name: array for name, array in named.items() if array.nbytes < SMALL}
+    for array in (named if copy else small).values():
+        array.copy_to_host_async()
     joined: dict[str, list[np.ndarray]] = {}
     for array in small.values():  # host-device sync
         joined.setdefault(f"{JOINED}{array.dtype}", []).append(np.asarray(array).ravel())

@@ -373,6 +373,22 @@ def test_data_that_turns_bad_ends_the_run_with_2_and_what_was_computed_is_saved(
     assert f"iter {saved}: " in done.stdout
 
 
+def test_data_that_is_bad_from_the_first_batch_on_leaves_no_run_behind(run, workdir):
+    (workdir / "spoilt.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, jax_data, train_jax
+def prefetch(*_):
+    raise jax_data.DataError("the first batch is spoilt")
+    yield
+jax_data.prefetch = prefetch
+configurator.run_script(train_jax.main, jax_data.DataError)
+""")
+    assert run(str(workdir / "spoilt.py"), "tiny.py", expect=2).stderr == "error: the first batch is spoilt\n"
+    assert steps(workdir / "out") == []
+    run("train_jax.py", "tiny.py", "--max_iters=1")  # which a run that is already there would refuse
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # wandb
 
