@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+import jax_cpu_kernels
 from jax_transformer import GPTConfig, Params, gelu, layer_norm
 
 # Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU
@@ -37,14 +38,19 @@ def init_cache(config: GPTConfig, B: int) -> Cache:
 
 @functools.partial(jax.jit, static_argnames="config")
 def decoding_weights(params: Params, config: GPTConfig) -> Params:
-    """What `forward_cached` takes: weights in the compute type, and each stored as (in, out), also the head's.
+    """What `forward_cached` takes: weights in the compute type, and each as (in, out), also the head's.
 
-    A CPU multiplies a few rows with them up to twice as fast so. The embeddings are there twice for it.
+    On a CPU in the panels of `jax_cpu_kernels`, where that is loaded. The embeddings are there twice for it.
     """
     weights = jax.tree.map(lambda a: a.astype(config.dtype) if a.ndim > 1 else a, params)
     weights["head"] = {"kernel": weights["wte"]["embedding"].T}
+    layers = [weights["head"]]
     for block in weights["h"].values():
         block["mlp"]["c_proj"]["kernel"] = block["mlp"]["c_proj"]["kernel"].T
+        layers += [block["attn"]["c_attn"], block["attn"]["c_proj"], block["mlp"]["c_fc"], block["mlp"]["c_proj"]]
+    if config.dtype == "float32" and jax_cpu_kernels.loaded():
+        for layer in layers:
+            layer["kernel"] = jax_cpu_kernels.panels(layer["kernel"])
     return weights
 
 
@@ -80,12 +86,13 @@ def forward_cached(
     columns_T = column + jnp.arange(T)
     positions_BT = jnp.maximum(columns_T[None] - pads_B[:, None], 0)
     x_BTD = weights["wte"]["embedding"][ids_BT] + weights["wpe"]["embedding"][positions_BT]
-    x_RD = x_BTD.reshape(B * T, -1)
+    D = config.n_embd
+    x_RD = x_BTD.reshape(B * T, D)
     new_cache = []
     for i in range(config.n_layer):
         block = weights["h"][str(i)]
         with jax.named_scope("attn"):
-            qkv_RX = _linear(_norm(x_RD, block["ln_1"]), block["attn"]["c_attn"])  # X = 3 * D
+            qkv_RX = _linear(_norm(x_RD, block["ln_1"]), block["attn"]["c_attn"], 3 * D)
             q_BNTH, k_BNTH, v_BNTH = qkv_RX.reshape(B, T, 3, config.n_head, -1).transpose(2, 0, 3, 1, 4)
             keys: Segments = (k_BNTH,)
             values: Segments = (v_BNTH,)
@@ -95,17 +102,18 @@ def forward_cached(
                     keys, values = new_cache[i]
             y_BNTH = _attend(q_BNTH, keys, values, columns_T, pads_B)
             y_RD = y_BNTH.swapaxes(1, 2).reshape(B * T, -1).astype(x_RD.dtype)
-            x_RD = x_RD + _linear(y_RD, block["attn"]["c_proj"])
+            x_RD = x_RD + _linear(y_RD, block["attn"]["c_proj"], D)
         with jax.named_scope("mlp"):
-            h_RF = _linear(_norm(x_RD, block["ln_2"]), block["mlp"]["c_fc"])
-            x_RD = x_RD + _linear(gelu(h_RF, config.gelu), block["mlp"]["c_proj"])
+            h_RF = _linear(_norm(x_RD, block["ln_2"]), block["mlp"]["c_fc"], 4 * D)
+            x_RD = x_RD + _linear(gelu(h_RF, config.gelu), block["mlp"]["c_proj"], D)
     with jax.named_scope("head"):
-        logits_BV = _linear(_norm(x_RD.reshape(B, T, -1)[:, last], weights["ln_f"]), weights["head"])
+        logits_BV = _linear(_norm(x_RD.reshape(B, T, -1)[:, last], weights["ln_f"]), weights["head"], config.vocab_size)
     return logits_BV, None if cache is None else tuple(new_cache)
 
 
-def _linear(x_RK, layer):
-    y_RM = x_RK @ layer["kernel"]
+def _linear(x_RK, layer, M):
+    kernel = layer["kernel"]  # (K, M), or its panels
+    y_RM = x_RK @ kernel if kernel.ndim == 2 else jax_cpu_kernels.product(x_RK, kernel, M)
     return y_RM + layer["bias"].astype(y_RM.dtype)[None] if "bias" in layer else y_RM
 
 

@@ -24,6 +24,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_cpu_kernels
 from jax_transformer import GPTConfig, Params, cross_entropy, forward, init_params
 
 # Dynamic loss scaling as in torch's GradScaler, of which nanoGPT's float16 makes use.
@@ -184,17 +185,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
 
 
-def keep_compiled_code() -> None:
-    """Keep compiled code in the user's cache folder, so that the next start compiles nothing.
+def keep_compiled_code() -> Path | None:
+    """Keep compiled code in the user's cache folder, so that the next start compiles nothing. Returns that folder.
 
-    JAX_COMPILATION_CACHE_DIR decides where, if it is set. Code for a CPU may use all its instructions: each kind of
-    processor has a folder of its own, in case a home directory is shared. Several processes may use it at once.
+    JAX_COMPILATION_CACHE_DIR decides where XLA's goes, if it is set. Code for a CPU may use all its instructions: each
+    kind of processor has a folder of its own, in case a home directory is shared. Several processes may use it at once.
     """
     for name, value in {"min_compile_time_secs": 0.0, "min_entry_size_bytes": -1}.items():  # small ones add up
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name}", value)
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
@@ -204,8 +203,10 @@ def keep_compiled_code() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"note: no folder for compiled code, so each start compiles anew ({error})")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+        return None
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
 
 
 def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
@@ -214,7 +215,8 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     Where several processes train together, they are those of all.
 
     Raises ValueError if JAX has none of that kind. Must come before JAX is first used, which it also prepares:
-    `keep_freed_memory`, `keep_compiled_code`, and with `deterministic` a GPU that gives the same bits every time.
+    `keep_freed_memory`, `keep_compiled_code`, our own code for a CPU (`jax_cpu_kernels.load`), and with `deterministic`
+    a GPU that gives the same bits every time.
     """
     kind, _, index = device.partition(":")
     # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
@@ -228,7 +230,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     if deterministic:  # XLA reads this when the devices are first asked for
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     keep_freed_memory()
-    keep_compiled_code()
+    cache = keep_compiled_code()
     try:
         devices = jax.devices()
         missing = None
@@ -240,6 +242,8 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
         raise ValueError(f"device={device}: JAX finds no such device ({missing}); see JAX_README.md, Installation")
     if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
+    if devices[0].platform == "cpu" and cache is not None:
+        jax_cpu_kernels.load(cache)
     if index:
         if jax.process_count() > 1:
             raise ValueError(

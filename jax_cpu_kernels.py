@@ -1,0 +1,139 @@
+"""On a CPU: attention, and products of a few rows with large weights, by code of our own in jax_cpu_kernels.cc.
+
+XLA's products run at the speed of the processor, but for two things. Those of attention are small and do not gain from
+a second core, and between them the scores go through memory several times. And where a weight meets a few rows, as in
+generation, it is read at a third of the memory's speed. BENCHMARKS.md has what this gives.
+
+`load` has the machine's C++ compiler make a library of that file, once for each kind of processor, as torch.compile
+does for its own code. Where that is not possible, XLA computes the same; `loaded` says which it is. Float32 only.
+Dimension key: jax_transformer.py; here also X = 3 * D (queries, keys, values), K inputs and M outputs of a product, and
+P panels of C columns.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+SOURCE = Path(__file__).with_suffix(".cc")
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"]
+FUNCTIONS = ("causal_attention", "causal_attention_gradient", "product_with_panels")
+PANEL_WIDTH = 32  # two of the widest vectors there are
+
+_library: Future[None] | None = None  # what `load` has begun
+
+
+def load(folder: Path) -> None:
+    """Begin to make the library, or find it in `folder`, which is for one kind of processor. Returns at once.
+
+    It takes a compiler one or two seconds, while Python does something else.
+    """
+    global _library
+    if _library is None:
+        thread = ThreadPoolExecutor(max_workers=1)
+        _library = thread.submit(_make_and_register, folder)
+        thread.shutdown(wait=False)
+
+
+def loaded() -> bool:
+    """Whether the functions below can be called in what is compiled now. Waits for what `load` has begun."""
+    global _library
+    if _library is None:
+        return False
+    if (error := _library.exception()) is None:
+        return True
+    if not isinstance(error, OSError):
+        raise error
+    _library = None
+    print(f"note: {error}; attention and generation take XLA's own code, which is slower (JAX_README.md, CPU)")
+    return False
+
+
+def _make_and_register(folder: Path) -> None:
+    """Raises OSError, in one line, where there is no compiler, or it fails, or its library cannot be used here."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise OSError(f"no C++ compiler {os.environ.get('CXX', 'c++')}")
+    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+    made_of = [SOURCE.read_text(), *command, jax.lib.__version__]
+    library = folder / f"cpu_kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            made = Path(unfinished) / library.name
+            result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            if result.returncode:
+                told = [line for line in result.stderr.splitlines() if "error" in line] or ["it does not say why"]
+                raise OSError(f"{compiler} cannot compile {SOURCE.name}: {told[0]}")
+            made.replace(library)  # whole or not at all: other processes may be at the same
+    functions = ctypes.CDLL(str(library))
+    for name in FUNCTIONS:
+        jax.ffi.register_ffi_target(f"nanogpt_jax.{name}", jax.ffi.pycapsule(getattr(functions, name)), platform="cpu")
+
+
+def _call(name: str, results, *arrays: jax.Array):
+    return jax.ffi.ffi_call(f"nanogpt_jax.{name}", results, vmap_method="sequential")(*arrays)
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fits_attention(dtype: jax.typing.DTypeLike, head_width: int) -> bool:
+    """Whether `attention` takes these: float32, and heads that are whole vectors."""
+    return jnp.dtype(dtype) == jnp.float32 and head_width % 16 == 0 and loaded()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def attention(qkv_RX: jax.Array, dropout_3: jax.Array, B: int, n_head: int) -> jax.Array:
+    """Causal attention of B rows of tokens, (R, 3 * D) -> (R, D): jax_transformer.causal_attention for each head.
+
+    dropout_3, uint32: two seeds, and the rate times 2**32, 0 for none; it drops what jax_transformer.dropout drops of
+    all weights (G, T, S). Scores are made again for the gradient instead of kept: of each query only the log of its sum
+    of exponentials is (Dao et al. 2022, "FlashAttention"). Raises AssertionError on other types and shapes.
+    """
+    return _attention_forward(qkv_RX, dropout_3, B, n_head)[0]
+
+
+def _attention_forward(qkv_RX, dropout_3, B, n_head):
+    R, X = qkv_RX.shape
+    assert qkv_RX.dtype == jnp.float32, f"qkv_RX must be float32, not {qkv_RX.dtype}"
+    assert (dropout_3.shape, dropout_3.dtype) == ((3,), jnp.uint32), f"dropout_3 is {dropout_3.dtype}{dropout_3.shape}"
+    assert R % B == 0, f"{R} rows are not {B} times as many tokens"
+    assert X % (3 * n_head * 16) == 0, f"{X} columns are not 3 x {n_head} heads of 16 numbers, or 32, 48, ..."
+    y_RD, logsum_GT = _call("causal_attention", (_float32(R, X // 3), _float32(B * n_head, R // B)), qkv_RX, dropout_3)
+    return y_RD, (qkv_RX, dropout_3, y_RD, logsum_GT)
+
+
+def _attention_backward(B, n_head, saved, dy_RD):
+    return _call("causal_attention_gradient", _float32(*saved[0].shape), *saved, dy_RD), None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def panels(kernel_KM: jax.Array) -> jax.Array:
+    """A weight as panels (P, K, C) of C columns each, for `product`; zeros where the last one is wider."""
+    K, M = kernel_KM.shape
+    P = -(-M // PANEL_WIDTH)
+    padded_KM = jnp.pad(kernel_KM, ((0, 0), (0, P * PANEL_WIDTH - M)))
+    return padded_KM.reshape(K, P, PANEL_WIDTH).transpose(1, 0, 2)
+
+
+def product(x_RK: jax.Array, kernel_PKC: jax.Array, M: int) -> jax.Array:
+    """x @ kernel, (R, M), with the kernel in `panels`. It has no gradient. Raises AssertionError on other shapes."""
+    (R, K), (P, rows, C) = x_RK.shape, kernel_PKC.shape
+    assert x_RK.dtype == kernel_PKC.dtype == jnp.float32, f"both must be float32, not {x_RK.dtype}, {kernel_PKC.dtype}"
+    assert rows == K, f"x_RK has {K} columns, and kernel_PKC is for {rows}"
+    assert C == PANEL_WIDTH and P == -(-M // C), f"{P} panels of {C} columns do not make {M} columns"
+    return _call("product_with_panels", _float32(R, M), x_RK, kernel_PKC)

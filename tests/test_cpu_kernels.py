@@ -1,0 +1,210 @@
+"""jax_cpu_kernels: our own code for a CPU beside numpy in float64, and beside XLA in whole models and runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jax_cpu_kernels as kernels
+from jax_cache import decoding_weights
+from jax_generate import generate
+from jax_transformer import GPTConfig, cross_entropy, dropout, forward, init_params
+
+ROOT = Path(__file__).resolve().parents[1]
+no_compiler = shutil.which(os.environ.get("CXX", "c++")) is None
+pytestmark = pytest.mark.skipif(no_compiler, reason="needs a C++ compiler (c++, or what CXX names)")
+
+MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=96, vocab_size=77, bias=True, gelu="tanh")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is there in this test, and not in those after it."""
+    monkeypatch.setattr(kernels, "_library", None)
+    kernels.load(folder)
+    assert kernels.loaded()
+
+
+def heads_of(rows_RD: np.ndarray, B: int, N: int) -> np.ndarray:
+    R, D = rows_RD.shape
+    return rows_RD.reshape(B, R // B, N, D // N).swapaxes(1, 2).reshape(B * N, R // B, D // N)
+
+
+def rows_of(heads_GTH: np.ndarray, B: int) -> np.ndarray:
+    G, T, H = heads_GTH.shape
+    return heads_GTH.reshape(B, G // B, T, H).swapaxes(1, 2).reshape(B * T, -1)
+
+
+def attention_in_float64(qkv_RX, dy_RD, B: int, N: int, factors_GTS=1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Attention and the gradient of its product with dy, by the book; factors_GTS multiply the weights (dropout)."""
+    q, k, v = (heads_of(part, B, N) for part in np.split(np.asarray(qkv_RX, np.float64), 3, axis=1))
+    dy = heads_of(np.asarray(dy_RD, np.float64), B, N)
+    T, H = q.shape[1:]
+    scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(1, 2) / np.sqrt(H), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y, dv = (weights * factors_GTS) @ v, (weights * factors_GTS).swapaxes(1, 2) @ dy
+    dweights = dy @ v.swapaxes(1, 2) * factors_GTS
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) / np.sqrt(H)
+    gradients = dscores @ k, dscores.swapaxes(1, 2) @ q, dv
+    return rows_of(y, B), np.concatenate([rows_of(d, B) for d in gradients], axis=1)
+
+
+def attention_and_gradient(qkv_RX, dy_RD, B: int, N: int, dropout_3=(0, 0, 0)):
+    attend = jax.jit(lambda qkv_RX: kernels.attention(qkv_RX, jnp.array(dropout_3, jnp.uint32), B, N))
+    y_RD, pullback = jax.vjp(attend, qkv_RX)
+    return y_RD, pullback(dy_RD)[0]
+
+
+@given(
+    B=st.integers(1, 3), N=st.integers(1, 3), T=st.integers(1, 150), H=st.sampled_from([16, 32, 48, 64]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_attention_and_its_gradient_are_those_of_float64(folder, B, N, T, H, scale, seed):
+    kernels.load(folder)
+    rng = np.random.default_rng(seed)
+    qkv_RX, dy_RD = (rng.normal(size=(B * T, n * N * H)).astype(np.float32) for n in (3, 1))
+    qkv_RX[:, : 2 * N * H] *= scale  # large scores: nearly all of the weight on one key
+    assert kernels.loaded()
+    y_RD, dqkv_RX = attention_and_gradient(jnp.asarray(qkv_RX), jnp.asarray(dy_RD), B, N)
+    expected_y, expected_dqkv = attention_in_float64(qkv_RX, dy_RD, B, N)
+    np.testing.assert_allclose(y_RD, expected_y, atol=3e-6 * max(1, scale**2))  # scores are rounded, too
+    np.testing.assert_allclose(dqkv_RX, expected_dqkv, atol=1e-5 * max(1, scale**3))
+
+
+@pytest.mark.parametrize("T", [5, 64, 200])
+def test_attention_drops_what_the_models_dropout_drops_of_all_weights(loaded, T):
+    B, N, H, rate = 2, 3, 16, 0.3
+    qkv_RX, dy_RD = (jax.random.normal(jax.random.key(n), (B * T, n * N * H)) for n in (3, 1))
+    rngs = [nnx.Rngs(dropout=jax.random.key(7)) for _ in range(2)]
+    factors_GTS = np.asarray(dropout(jnp.ones((B * N, T, T)), rate, rngs[0]))
+    seeds_2 = jax.random.bits(rngs[1].dropout(), (2,), jnp.uint32)
+    y_RD, dqkv_RX = attention_and_gradient(qkv_RX, dy_RD, B, N, (*map(int, seeds_2), int(rate * 2**32)))
+    expected_y, expected_dqkv = attention_in_float64(qkv_RX, dy_RD, B, N, factors_GTS)
+    np.testing.assert_allclose(y_RD, expected_y, atol=1e-5)
+    np.testing.assert_allclose(dqkv_RX, expected_dqkv, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_comes_out_not_finite_so_that_divergence_is_seen(loaded, bad):
+    qkv_RX = jnp.zeros((40, 3 * 16)).at[10, :16].set(bad)  # a query
+    y_RD, dqkv_RX = attention_and_gradient(qkv_RX, jnp.ones((40, 16)), 1, 1)
+    assert np.isnan(y_RD[10]).all() and np.isfinite(y_RD[:10]).all() and np.isfinite(y_RD[11:]).all()
+    assert np.isnan(dqkv_RX[10, :16]).all()
+
+
+@given(R=st.integers(1, 21), K=st.integers(1, 70), M=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_batch(folder, R, K, M, seed):
+    kernels.load(folder)
+    assert kernels.loaded()
+    rng = np.random.default_rng(seed)
+    x_RK, kernel_KM = (rng.normal(size=shape).astype(np.float32) for shape in ((R, K), (K, M)))
+    kernel_PKC = kernels.panels(jnp.asarray(kernel_KM))
+    y_RM = kernels.product(jnp.asarray(x_RK), kernel_PKC, M)
+    np.testing.assert_allclose(y_RM, x_RK.astype(np.float64) @ kernel_KM, atol=1e-5 * np.sqrt(K))
+    alone_1M = kernels.product(jnp.asarray(x_RK[R // 2, None]), kernel_PKC, M)
+    np.testing.assert_array_equal(alone_1M[0], y_RM[R // 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: kernels.attention(jnp.zeros((6, 48), jnp.bfloat16), jnp.zeros(3, jnp.uint32), 1, 1),
+            "must be float32",
+        ),
+        (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(2, jnp.uint32), 1, 1), "dropout_3 is uint32"),
+        (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(3, jnp.uint32), 4, 1), "6 rows are not 4 times"),
+        (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(3, jnp.uint32), 1, 2), "48 columns are not 3 x 2"),
+        (lambda: kernels.product(jnp.zeros((2, 8)), kernels.panels(jnp.zeros((9, 5))), 5), "x_RK has 8 columns"),
+        (lambda: kernels.product(jnp.zeros((2, 9)), kernels.panels(jnp.zeros((9, 5))), 50), "1 panels of 32 columns"),
+        (lambda: kernels.product(jnp.zeros((2, 9), int), kernels.panels(jnp.zeros((9, 5))), 5), "must be float32"),
+    ],
+)
+def test_wrong_calls_are_refused_by_name(loaded, call, told):
+    with pytest.raises(AssertionError, match=told):
+        call()
+
+
+def test_a_model_computes_the_same_with_and_without(folder, monkeypatch):
+    params = init_params(MODEL, jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    ids_BT = jax.random.randint(jax.random.key(1), (3, 90), 0, 77)
+    prompts = [[1, 2, 3], [4] * 40, [5, 6]]
+    results = []
+    for load in (False, True):
+        monkeypatch.setattr(kernels, "_library", None)
+        if load:
+            kernels.load(folder)
+        assert kernels.loaded() == load
+        jax.clear_caches()  # or the weights of before would be taken for what is asked for now
+        loss = jax.value_and_grad(lambda p: cross_entropy(forward(p, ids_BT, MODEL), ids_BT).mean())
+        program = jax.jit(loss).lower(params)
+        assert ("nanogpt_jax.causal_attention" in program.as_text()) == load
+        kernel = decoding_weights(params, MODEL)["head"]["kernel"]
+        assert kernel.ndim == (3 if load else 2)
+        new_ids = generate(params, MODEL, prompts, max_new_tokens=70, temperature=0, key=jax.random.key(0))
+        results.append((program.compile()(params), new_ids))
+    ((loss_0, grads_0), ids_0), ((loss_1, grads_1), ids_1) = results
+    np.testing.assert_allclose(loss_1, loss_0, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5), grads_0, grads_1)
+    assert ids_1 == ids_0
+
+
+HEADS = ("--n_head=1", "--n_embd=32")  # heads as wide as our code takes them; those of tiny.py are not
+
+
+def test_without_a_compiler_a_note_says_so_and_the_run_is_the_same_but_for_rounding(run, workdir):
+    losses = {}
+    for out, env in {"with": {}, "missing": {"CXX": "no-such-compiler"}, "failing": {"CXX": "false"}}.items():
+        done = run("train_jax.py", "tiny.py", f"--out_dir={out}", "--dropout=0", *HEADS, **env)
+        lines = [json.loads(line) for line in (workdir / out / "metrics.jsonl").read_text().splitlines()]
+        losses[out] = [line["loss"] for line in lines if "loss" in line]
+        notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+        told = {
+            "with": 0,
+            "missing": "note: no C++ compiler no-such-compiler;",
+            "failing": "cannot compile jax_cpu_kernels.cc",
+        }
+        assert len(notes) == (out != "with") and all(str(told[out]) in note for note in notes), notes
+    assert losses["missing"] == losses["failing"] != losses["with"]
+    np.testing.assert_allclose(losses["with"], losses["missing"], atol=1e-4)
+
+
+def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(run, workdir):
+    def losses(out: str) -> list[tuple]:
+        lines = [json.loads(line) for line in (workdir / out / "metrics.jsonl").read_text().splitlines()]
+        return [(line["iter"], line.get("loss"), line.get("grad_norm"), line.get("val/loss")) for line in lines]
+
+    run("train_jax.py", "tiny.py", "--out_dir=whole", "--dropout=0.2", *HEADS)
+    run("train_jax.py", "tiny.py", "--out_dir=parts", "--dropout=0.2", "--max_iters=10", *HEADS)
+    run("train_jax.py", "--init_from=resume", "--out_dir=parts", "--max_iters=20")
+    assert losses("parts") == losses("whole")
+
+
+def test_processes_that_make_the_library_at_once_all_have_it(tmp_path):
+    code = "import sys, pathlib, jax_cpu_kernels as k; k.load(pathlib.Path(sys.argv[1])); assert k.loaded()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    (library,) = tmp_path.iterdir()
+    made_at = library.stat().st_mtime_ns
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert library.stat().st_mtime_ns == made_at
