@@ -5,7 +5,7 @@ a second core, and between them the scores go through memory several times. And 
 generation, it is read at a third of the memory's speed. BENCHMARKS.md has what this gives.
 
 `load` has the machine's C++ compiler make a library of that file, once for each kind of processor, as torch.compile
-does for its own code. Where that is not possible, XLA computes the same; `loaded` says which it is. Float32 only.
+does with its code. Where that is not possible, XLA computes the same; `loaded` says which it is. Float32 only.
 Dimension key: jax_transformer.py; here also X = 3 * D (queries, keys, values), K inputs and M outputs of a product, and
 P panels of C columns.
 """
@@ -53,7 +53,7 @@ def loaded() -> bool:
     if not isinstance(error, OSError):
         raise error
     _library = None
-    print(f"note: {error}; attention and generation take XLA's own code, which is slower (JAX_README.md, CPU)")
+    print(f"note: {error}; attention and generation take XLA's own code, which is slower (JAX_README.md, Installation)")
     return False
 
 

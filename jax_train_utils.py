@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +207,24 @@ def keep_compiled_code() -> Path | None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def in_own_thread() -> Callable[..., Any]:
+    """compute(function, *arguments) -> what it returns: on a CPU it is computed in a thread of its own, and waited for.
+
+    Before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a result is
+    there before the temporary memory is given back, so that the next step now and then takes as much again. It does not
+    when it is told to compute in the thread that asks; and that must not be the one that sees signals.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+
+    def compute(function: Callable[..., Any], *arguments: Any) -> Any:
+        if jax.default_backend() != "cpu":
+            return function(*arguments)
+        return thread.submit(function, *arguments).result()
+
+    return compute
 
 
 def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:

@@ -190,6 +190,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
+    compute = utils.in_own_thread()
     try:
         devices = utils.find_devices(config.device, config.deterministic)
     except ValueError as error:
@@ -288,7 +289,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
     if config.eval_only:
-        log.evaluation(progress.step, *evaluate(state.params), lr_at(progress.step))
+        train_loss, val_loss = compute(evaluate, state.params)
+        log.evaluation(progress.step, train_loss, val_loss, lr_at(progress.step))
         return 0
     stop.listen()
     stop.share(mesh)
@@ -387,7 +389,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             stopping = stop.agreed()
             if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stopping:
                 report_in_flight()
-                train_loss, val_loss = evaluate(state.params)
+                train_loss, val_loss = compute(evaluate, state.params)
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
                 if not math.isfinite(train_loss + val_loss):
                     raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite{ADVICE}")
@@ -417,7 +419,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             except jax_data.DataError as error:  # what was computed before it is good, and is saved first
                 bad_data = error
                 break
-            state, metrics = train_step.result()(state, *batch, np.float32(lr_at(step)), np.int32(step))
+            state, metrics = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
                 gc.collect()
@@ -425,8 +427,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             in_flight = step, metrics
             progress.step += 1
             if devices[0].platform == "cpu":
-                # host-device sync: a step dispatched ahead would hold temporary memory twice and gain no time, and
-                # virtual CPU devices would deadlock in their all-reduce
+                # host-device sync: several virtual devices would deadlock in the all-reduces of two steps under way
                 jax.block_until_ready(state)
                 report_in_flight()
             with telling_of_a_failed_save():
