@@ -144,7 +144,9 @@ def run_script(
             file=sys.stderr,
         )
     except KeyboardInterrupt:
-        sys.exit(130)
+        with contextlib.suppress(OSError):  # a console that is gone
+            sys.stdout.flush()
+        os._exit(130)  # a thread that computes would be waited for otherwise
     sys.exit(1)
 
 

@@ -108,6 +108,8 @@ static bool tells_version(XLA_FFI_CallFrame* call) {
   XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
   metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  metadata->traits = 0;
+  metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
   return true;
 }
 

@@ -14,14 +14,18 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 SOURCE = Path(__file__).with_suffix(".cc")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"]
@@ -31,15 +35,15 @@ PANEL_WIDTH = 32  # two of the widest vectors there are
 _library: Future[None] | None = None  # what `load` has begun
 
 
-def load(folder: Path) -> None:
-    """Begin to make the library, or find it in `folder`, which is for one kind of processor. Returns at once.
+def load(find_folder: Callable[[], Path]) -> None:
+    """Begin to make the library, or find it, in a folder that is for one kind of processor. Returns at once.
 
     It takes a compiler one or two seconds, while Python does something else.
     """
     global _library
     if _library is None:
         thread = ThreadPoolExecutor(max_workers=1)
-        _library = thread.submit(_make_and_register, folder)
+        _library = thread.submit(_make_and_register, find_folder)
         thread.shutdown(wait=False)
 
 
@@ -57,25 +61,40 @@ def loaded() -> bool:
     return False
 
 
-def _make_and_register(folder: Path) -> None:
+def _make_and_register(find_folder: Callable[[], Path]) -> None:
     """Raises OSError, in one line, where there is no compiler, or it fails, or its library cannot be used here."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise OSError(f"no C++ compiler {os.environ.get('CXX', 'c++')}")
-    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE)]
-    made_of = [SOURCE.read_text(), *command, jax.lib.__version__]
-    library = folder / f"cpu_kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    asked_for = os.environ.get("CXX") or "c++"
+    compiler, *options = shlex.split(asked_for)
+    if (found := shutil.which(compiler)) is None:
+        raise OSError(f"no C++ compiler {compiler}")
+    command = [found, *options, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+    compiler_stat = os.stat(found)
+    made_with = [*command, compiler_stat.st_size, compiler_stat.st_mtime, platform.libc_ver(), jaxlib.__version__]
+    name = f"cpu_kernels-{hashlib.sha256(repr([SOURCE.read_text(), made_with]).encode()).hexdigest()[:16]}.so"
+    library = find_folder() / name
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            made = Path(unfinished) / library.name
-            result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-            if result.returncode:
-                told = [line for line in result.stderr.splitlines() if "error" in line] or ["it does not say why"]
-                raise OSError(f"{compiler} cannot compile {SOURCE.name}: {told[0]}")
-            made.replace(library)  # whole or not at all: other processes may be at the same
-    functions = ctypes.CDLL(str(library))
-    for name in FUNCTIONS:
-        jax.ffi.register_ffi_target(f"nanogpt_jax.{name}", jax.ffi.pycapsule(getattr(functions, name)), platform="cpu")
+        with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
+            _compile([*command, "-o", f"{unfinished}/{name}"])
+            Path(unfinished, name).replace(library)  # whole or not at all: other processes may be at the same
+    try:
+        functions = ctypes.CDLL(str(library))
+        for name in FUNCTIONS:
+            capsule = jax.ffi.pycapsule(getattr(functions, name))
+            jax.ffi.register_ffi_target(f"nanogpt_jax.{name}", capsule, platform="cpu")
+    except (RuntimeError, ValueError, AttributeError) as error:  # XLA's, where it takes no such functions
+        raise OSError(f"{library} cannot be used: {next(iter(str(error).splitlines()), error)}") from error
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=120, env=os.environ | {"LC_ALL": "C"}
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]} has not compiled {SOURCE.name} in two minutes") from error
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if "error" in line] or ["it does not say why"]
+        raise OSError(f"{command[0]} cannot compile {SOURCE.name}: {told[0]}")
 
 
 def _call(name: str, results, *arrays: jax.Array):

@@ -185,27 +185,38 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
 
 
-def keep_compiled_code() -> Path | None:
-    """Keep compiled code in the user's cache folder, so that the next start compiles nothing. Returns that folder.
+def keep_compiled_code() -> None:
+    """Keep what XLA compiles in `cache_folder`, so that the next start compiles nothing.
 
-    JAX_COMPILATION_CACHE_DIR decides where XLA's goes, if it is set. Code for a CPU may use all its instructions: each
-    kind of processor has a folder of its own, in case a home directory is shared. Several processes may use it at once.
+    JAX_COMPILATION_CACHE_DIR decides where, if it is set. Several processes may use it at once.
     """
     for name, value in {"min_compile_time_secs": 0.0, "min_entry_size_bytes": -1}.items():  # small ones add up
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name}", value)
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    except OSError as error:
+        print(f"note: no folder for compiled code, so each start compiles anew ({error})")
+
+
+def cache_folder() -> Path:
+    """The user's folder for compiled code. Raises OSError if it cannot be had.
+
+    Code for a CPU may use all its instructions: each kind of processor has a folder of its own, in case a home
+    directory is shared.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     kind = f"{platform.machine()}-{hashlib.sha256(''.join(processor).encode()).hexdigest()[:8]}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanogpt-jax" / kind
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"note: no folder for compiled code, so each start compiles anew ({error})")
-        return None
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"{error}; XDG_CACHE_HOME names another") from error
+    folder = caches / "nanogpt-jax" / kind
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -248,7 +259,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     if deterministic:  # XLA reads this when the devices are first asked for
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     keep_freed_memory()
-    cache = keep_compiled_code()
+    keep_compiled_code()
     try:
         devices = jax.devices()
         missing = None
@@ -260,8 +271,8 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
         raise ValueError(f"device={device}: JAX finds no such device ({missing}); see JAX_README.md, Installation")
     if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
-    if devices[0].platform == "cpu" and cache is not None:
-        jax_cpu_kernels.load(cache)
+    if devices[0].platform == "cpu":
+        jax_cpu_kernels.load(cache_folder)
     if index:
         if jax.process_count() > 1:
             raise ValueError(

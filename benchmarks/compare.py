@@ -54,8 +54,11 @@ def main() -> int:
         result = {}
         with tempfile.TemporaryDirectory() as out_dir:
             ours = [sys.executable, str(ROOT / "train_jax.py"), *common, f"--out_dir={out_dir}/ours"]
-            cache = {"XDG_CACHE_HOME": f"{out_dir}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{out_dir}/torch"}
-            env = {**os.environ, **(cache if args.cold else {})}
+            cold = {
+                "XDG_CACHE_HOME": f"{out_dir}/cache", "JAX_COMPILATION_CACHE_DIR": "",
+                "TORCHINDUCTOR_CACHE_DIR": f"{out_dir}/torch",
+            }  # fmt: skip
+            env = {**os.environ, **(cold if args.cold else {})}
             result["ours"] = run(ours, ROOT, env, args.iters)
             for form in forms:
                 theirs = [python, "train.py", *common, f"--out_dir={out_dir}/{form}", f"--compile={form == 'compiled'}"]

@@ -52,6 +52,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # large pages are a second start of each script
     env["HOME"] = str(tmp_path_factory.mktemp("home"))
+    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,17 +29,14 @@ pytestmark = pytest.mark.skipif(no_compiler, reason="needs a C++ compiler (c++, 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=96, vocab_size=77, bias=True, gelu="tanh")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture
-def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is there in this test, and not in those after it."""
-    monkeypatch.setattr(kernels, "_library", None)
-    kernels.load(folder)
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The library is there in these tests, and not in those of other files."""
+    made_in = tmp_path_factory.mktemp("kernels")
+    kernels.load(lambda: made_in)
     assert kernels.loaded()
+    yield made_in
+    kernels._library = None
 
 
 def heads_of(rows_RD: np.ndarray, B: int, N: int) -> np.ndarray:
@@ -77,12 +75,10 @@ def attention_and_gradient(qkv_RX, dy_RD, B: int, N: int, dropout_3=(0, 0, 0)):
     scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_attention_and_its_gradient_are_those_of_float64(folder, B, N, T, H, scale, seed):
-    kernels.load(folder)
+def test_attention_and_its_gradient_are_those_of_float64(B, N, T, H, scale, seed):
     rng = np.random.default_rng(seed)
     qkv_RX, dy_RD = (rng.normal(size=(B * T, n * N * H)).astype(np.float32) for n in (3, 1))
     qkv_RX[:, : 2 * N * H] *= scale  # large scores: nearly all of the weight on one key
-    assert kernels.loaded()
     y_RD, dqkv_RX = attention_and_gradient(jnp.asarray(qkv_RX), jnp.asarray(dy_RD), B, N)
     expected_y, expected_dqkv = attention_in_float64(qkv_RX, dy_RD, B, N)
     np.testing.assert_allclose(y_RD, expected_y, atol=3e-6 * max(1, scale**2))  # scores are rounded, too
@@ -90,7 +86,7 @@ def test_attention_and_its_gradient_are_those_of_float64(folder, B, N, T, H, sca
 
 
 @pytest.mark.parametrize("T", [5, 64, 200])
-def test_attention_drops_what_the_models_dropout_drops_of_all_weights(loaded, T):
+def test_attention_drops_what_the_models_dropout_drops_of_all_weights(T):
     B, N, H, rate = 2, 3, 16, 0.3
     qkv_RX, dy_RD = (jax.random.normal(jax.random.key(n), (B * T, n * N * H)) for n in (3, 1))
     rngs = [nnx.Rngs(dropout=jax.random.key(7)) for _ in range(2)]
@@ -103,7 +99,7 @@ def test_attention_drops_what_the_models_dropout_drops_of_all_weights(loaded, T)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_comes_out_not_finite_so_that_divergence_is_seen(loaded, bad):
+def test_what_is_not_finite_comes_out_not_finite_so_that_divergence_is_seen(bad):
     qkv_RX = jnp.zeros((40, 3 * 16)).at[10, :16].set(bad)  # a query
     y_RD, dqkv_RX = attention_and_gradient(qkv_RX, jnp.ones((40, 16)), 1, 1)
     assert np.isnan(y_RD[10]).all() and np.isfinite(y_RD[:10]).all() and np.isfinite(y_RD[11:]).all()
@@ -112,9 +108,7 @@ def test_what_is_not_finite_comes_out_not_finite_so_that_divergence_is_seen(load
 
 @given(R=st.integers(1, 21), K=st.integers(1, 70), M=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_batch(folder, R, K, M, seed):
-    kernels.load(folder)
-    assert kernels.loaded()
+def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_batch(R, K, M, seed):
     rng = np.random.default_rng(seed)
     x_RK, kernel_KM = (rng.normal(size=shape).astype(np.float32) for shape in ((R, K), (K, M)))
     kernel_PKC = kernels.panels(jnp.asarray(kernel_KM))
@@ -139,7 +133,7 @@ def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_
         (lambda: kernels.product(jnp.zeros((2, 9), int), kernels.panels(jnp.zeros((9, 5))), 5), "must be float32"),
     ],
 )
-def test_wrong_calls_are_refused_by_name(loaded, call, told):
+def test_wrong_calls_are_refused_by_name(call, told):
     with pytest.raises(AssertionError, match=told):
         call()
 
@@ -153,7 +147,7 @@ def test_a_model_computes_the_same_with_and_without(folder, monkeypatch):
     for load in (False, True):
         monkeypatch.setattr(kernels, "_library", None)
         if load:
-            kernels.load(folder)
+            kernels.load(lambda: folder)
         assert kernels.loaded() == load
         # Dropout means nothing here; what was compiled for the one configuration is not taken for the other.
         config = dataclasses.replace(MODEL, dropout=0.1 if load else 0.0)
@@ -173,36 +167,58 @@ def test_a_model_computes_the_same_with_and_without(folder, monkeypatch):
 HEADS = ("--n_head=1", "--n_embd=32")  # heads as wide as our code takes them; those of tiny.py are not
 
 
-def test_without_a_compiler_a_note_says_so_and_the_run_is_the_same_but_for_rounding(run, workdir):
-    losses = {}
-    for out, env in {"with": {}, "missing": {"CXX": "no-such-compiler"}, "failing": {"CXX": "false"}}.items():
-        done = run("train_jax.py", "tiny.py", f"--out_dir={out}", "--dropout=0", *HEADS, **env)
-        lines = [json.loads(line) for line in (workdir / out / "metrics.jsonl").read_text().splitlines()]
-        losses[out] = [line["loss"] for line in lines if "loss" in line]
-        notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-        told = {
-            "with": 0,
-            "missing": "note: no C++ compiler no-such-compiler;",
-            "failing": "cannot compile jax_cpu_kernels.cc",
-        }
-        assert len(notes) == (out != "with") and all(str(told[out]) in note for note in notes), notes
-    assert losses["missing"] == losses["failing"] != losses["with"]
-    np.testing.assert_allclose(losses["with"], losses["missing"], atol=1e-4)
+def losses_of(out_dir: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iter"], line.get("loss"), line.get("grad_norm"), line.get("val/loss")) for line in lines]
+
+
+@pytest.mark.parametrize("block_size", [16, 150])
+def test_without_a_compiler_a_note_says_so_and_the_run_is_the_same_but_for_rounding(run, workdir, block_size):
+    notes = {
+        "with": None,
+        "missing": "note: no C++ compiler no-such-compiler; attention",
+        "failing": "cannot compile jax_cpu_kernels.cc: it does not say why; attention",
+    }
+    compilers: dict[str, dict[str, str]] = {
+        "with": {},
+        "missing": {"CXX": "no-such-compiler"},
+        "failing": {"CXX": "false"},
+    }
+    for out, told in notes.items():
+        options = (f"--out_dir={out}", f"--block_size={block_size}", "--dropout=0.2", "--max_iters=10", *HEADS)
+        done = run("train_jax.py", "tiny.py", *options, **compilers[out])
+        there = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+        assert len(there) == (told is not None) and all(str(told) in line for line in there), there
+    ours, xlas, again = (np.array([row[1] for row in losses_of(workdir / out) if row[1]]) for out in notes)
+    assert (xlas == again).all() and (ours != xlas).any()
+    np.testing.assert_allclose(ours, xlas, atol=1e-4)
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(run, workdir):
-    def losses(out: str) -> list[tuple]:
-        lines = [json.loads(line) for line in (workdir / out / "metrics.jsonl").read_text().splitlines()]
-        return [(line["iter"], line.get("loss"), line.get("grad_norm"), line.get("val/loss")) for line in lines]
-
     run("train_jax.py", "tiny.py", "--out_dir=whole", "--dropout=0.2", *HEADS)
     run("train_jax.py", "tiny.py", "--out_dir=parts", "--dropout=0.2", "--max_iters=10", *HEADS)
     run("train_jax.py", "--init_from=resume", "--out_dir=parts", "--max_iters=20")
-    assert losses("parts") == losses("whole")
+    assert losses_of(workdir / "parts") == losses_of(workdir / "whole")
+
+
+def test_losses_on_four_devices_are_those_on_one(run, workdir):
+    for devices in ("1", "4"):
+        options = (f"--out_dir={devices}", "--dropout=0", "--max_iters=5", *HEADS)
+        run("train_jax.py", "tiny.py", *options, JAX_NUM_CPU_DEVICES=devices)
+    on_one, on_four = ([row[1] for row in losses_of(workdir / devices) if row[1]] for devices in ("1", "4"))
+    assert on_one != on_four  # sums in another order
+    np.testing.assert_allclose(on_four, on_one, atol=1e-5)
+
+
+def test_a_folder_that_cannot_be_had_is_a_note(run, workdir):
+    (workdir / "file").write_text("")
+    done = run("train_jax.py", "tiny.py", "--max_iters=1", *HEADS, XDG_CACHE_HOME=str(workdir / "file"))
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert "Not a directory" in note and "attention and generation take XLA's own code" in note
 
 
 def test_processes_that_make_the_library_at_once_all_have_it(tmp_path):
-    code = "import sys, pathlib, jax_cpu_kernels as k; k.load(pathlib.Path(sys.argv[1])); assert k.loaded()"
+    code = "import sys, pathlib, jax_cpu_kernels as k; k.load(lambda: pathlib.Path(sys.argv[1])); assert k.loaded()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     started = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     assert [process.wait(timeout=120) for process in started] == [0, 0, 0]

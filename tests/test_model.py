@@ -416,8 +416,8 @@ def test_dropout_masks_look_like_coin_flips(shape):
     assert 0.6 < spread < 1.5
 
 
-@pytest.mark.parametrize("T", [1, 128, 129, 300, 520])  # one block of queries, two, three and four
-def test_attention_in_blocks_and_its_gradient_are_those_of_the_formula(T):
+@pytest.mark.parametrize("T", [1, 7, 130])
+def test_attention_and_its_gradient_are_those_of_the_formula(T):
     G, H = 2, 4
     random = np.random.default_rng(T)
     wide = random.standard_normal((5, G, T, H))

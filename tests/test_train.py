@@ -180,6 +180,16 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
     assert fingerprints(finished / "checkpoints") == before
 
 
+def test_ctrl_c_ends_an_evaluation_at_once_and_says_nothing(workdir, environment, finished):
+    options = ("--init_from=resume", "--out_dir=finished", "--eval_only=True", "--eval_iters=400000")
+    process = start(workdir, environment, *options)
+    wait_for_line(process, "number of parameters")
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "") and "train loss" not in out
+
+
 def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
     done = run(
         "train_jax.py",
