@@ -66,6 +66,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # the trainer's set-up
 
+    compute = utils.in_own_thread()
     with configurator.one_line_errors(ValueError):
         devices = utils.find_devices(config.device, config.deterministic)
     rows = config.batch_size * config.gradient_accumulation_steps
@@ -118,7 +119,7 @@ def main() -> None:
     started = time.perf_counter()
     dispatch = (train_step if at_once == 1 else several_steps).lower(state, *batch, *scalars).compile()
     compiled = time.perf_counter()
-    state, metrics = dispatch(state, *batch, *scalars)
+    state, metrics = compute(dispatch, state, *batch, *scalars)
     jax.block_until_ready(metrics)
     first_step = time.perf_counter() - compiled
     batch, in_flight, ended, waits = next_batch(), metrics, [], []
@@ -126,7 +127,7 @@ def main() -> None:
     def run_steps(number: int) -> None:
         nonlocal state, batch, in_flight
         for _ in range(-(-number // at_once)):
-            state, metrics = dispatch(state, *batch, *scalars)
+            state, metrics = compute(dispatch, state, *batch, *scalars)
             jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
             in_flight = metrics
             before = time.perf_counter()

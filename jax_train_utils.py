@@ -149,6 +149,20 @@ def abstract_state(config: GPTConfig, optimizer: optax.GradientTransformation, m
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
 
 
+def in_own_memory(tree: Any) -> Any:
+    """The same arrays, on a CPU copied one after the other to memory of XLA's own; those that were given are deleted.
+
+    What is restored from a checkpoint is partly in memory of numpy's, by chance of where that lies. It cannot be
+    donated, so that the first step would take as much again.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    for i, array in enumerate(leaves):
+        if next(iter(array.devices())).platform == "cpu":
+            leaves[i] = jnp.array(array, copy=True)
+            array.delete()
+    return jax.tree.unflatten(structure, leaves)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # devices: parameters on each of them, rows spread over them
 

@@ -234,7 +234,9 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         print(f"Resuming training from {step_dir}")
         wanted = utils.abstract_state(model, optimizer, mesh)
         items = ["params"] if config.eval_only else ["params", "opt_state"]
-        restored = jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
+        restored = utils.in_own_memory(
+            jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
+        )
         state = utils.TrainState(restored["params"], restored.get("opt_state"))
         if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))

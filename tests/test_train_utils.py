@@ -370,6 +370,21 @@ def test_one_bad_micro_batch_skips_the_whole_update_and_training_goes_on_after_i
 HALF = dataclasses.replace(TINY, dtype="float16")
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of numpy's memory on a CPU")
+def test_arrays_in_numpys_memory_are_copied_to_such_as_a_step_can_take_over():
+    raw = np.zeros(4096 + 64, np.float32)
+    start = (-raw.ctypes.data % 64) // 4
+    numpys = raw[start : start + 4096]  # where XLA takes memory over without a copy
+    given = jax.device_put(numpys, may_alias=True)
+    assert given.unsafe_buffer_pointer() == numpys.ctypes.data  # or this test shows nothing
+    own = utils.in_own_memory({"a": given})["a"]
+    numpys[:] = 1
+    assert given.is_deleted() and (np.asarray(own) == 0).all()
+    place = own.unsafe_buffer_pointer()
+    taken_over = jax.jit(lambda a: a + 1, donate_argnums=0)(own)
+    assert taken_over.unsafe_buffer_pointer() == place
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_in_lower_precision_goes_down_and_keeps_float32_state(dtype):
     config = dataclasses.replace(TINY, dtype=dtype)
