@@ -103,9 +103,9 @@ static int64_t size(void* buffer, int axis) { return static_cast<XLA_FFI_Buffer*
 
 // Whether XLA only asks which version of its interface this is made for, as it does once for every function.
 static bool tells_version(XLA_FFI_CallFrame* call) {
-  XLA_FFI_Extension_Base* extension = call->extension_start;
+  const auto* extension = call->extension_start;  // its type has another name in each version of JAX
   if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
-  XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
+  XLA_FFI_Metadata* metadata = reinterpret_cast<const XLA_FFI_Metadata_Extension*>(extension)->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
   metadata->api_version.minor_version = XLA_FFI_API_MINOR;
   metadata->traits = 0;
