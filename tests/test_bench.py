@@ -92,6 +92,7 @@ def test_a_whole_run_with_evaluations_saves_and_a_resume_compiles_everything_onc
     ):
         done = run("train_jax.py", *args, JAX_LOG_COMPILES="1")
         compiled = re.findall(r"Compiling jit\((\w+)\)", done.stderr)
+        compiled = [name for name in compiled if name != "copy"]  # of restored arrays: once for each shape
         assert {"train_step", "eval_losses"} <= set(compiled)
         assert len(compiled) == len(set(compiled)), compiled
 

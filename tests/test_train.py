@@ -181,6 +181,7 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
 
 
 def test_ctrl_c_ends_an_evaluation_at_once_and_says_nothing(workdir, environment, finished):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as do its children
     options = ("--init_from=resume", "--out_dir=finished", "--eval_only=True", "--eval_iters=400000")
     process = start(workdir, environment, *options)
     wait_for_line(process, "number of parameters")
