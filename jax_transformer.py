@@ -130,6 +130,7 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 
 
 def dropout_seeds(rngs: nnx.Rngs) -> jax.Array:
+    """The 64 random bits of the next dropout, (2,) uint32."""
     return jax.random.bits(rngs.dropout(), (2,), jnp.uint32)
 
 
