@@ -24,16 +24,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 import configurator
 import jax_data
 import jax_run_log
-from configurator import Between, ConfigError
+from configurator import ConfigError
 from jax_options import MODEL_SHAPE
-from train_jax import AtLeast1, TrainConfig
+from train_jax import AtLeast0, AtLeast1, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class BenchConfig(TrainConfig):
     """The trainer's options, of which those that shape a step count, and these."""
 
     gradient_accumulation_steps: AtLeast1 = 1  # one micro-batch a step, as in nanoGPT's bench.py
+    eval_iters: AtLeast0 = 200  # evaluation: batches; 0 leaves it out
     real_data: bool = True  # batches from the data set; without: random tokens, the same at every step
     warmup_steps: AtLeast1 = 10  # steps before the timed ones
     steps: AtLeast1 = 20  # steps timed
     steps_per_dispatch: AtLeast1 = 1  # steps in one call, to see what the calls cost; the trainer makes one
     prompt_tokens: AtLeast1 = 64  # generation: tokens of each prompt, at most half of block_size
-    new_tokens: Annotated[int, Between(0)] = 64  # generation: tokens added, batch_size rows at once; 0 leaves it out
+    new_tokens: AtLeast0 = 64  # generation: tokens added, batch_size rows at once; 0 leaves it out
     json: str = ""  # write the figures to this file
     profile: bool = False  # write a trace to bench_log/ and print the ten most expensive operations
 
@@ -98,7 +99,7 @@ def main() -> None:
     # the training step: compiled, run for the first time, warmed up, timed
 
     scalars = np.float32(config.learning_rate), np.int32(0)
-    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh)
+    train_step = utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers)
     at_once = config.steps_per_dispatch
     batches = jax_data.prefetch(device_rows, 0, ahead=2 * at_once)
 
@@ -172,13 +173,14 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation and loader
 
-    eval_losses = utils.compile_eval(model, mesh)
-    number = config.eval_iters * config.batch_size
-    eval_rows = np.resize(host_rows(0)[0], (number, config.block_size))
-    eval_batch = utils.shard_rows(*utils.pad_rows(eval_rows, config.batch_size, mesh.size), mesh)
-    jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch))
-    times = repeat(3, lambda: jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch)))
-    result["evaluation"] = {"ms": spread(times), "ms_per_batch": statistics.median(times) / config.eval_iters}
+    if config.eval_iters:
+        eval_losses = utils.compile_eval(model, mesh, config.scan_layers)
+        number = config.eval_iters * config.batch_size
+        eval_rows = np.resize(host_rows(0)[0], (number, config.block_size))
+        eval_batch = utils.shard_rows(*utils.pad_rows(eval_rows, config.batch_size, mesh.size), mesh)
+        jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch))
+        times = repeat(3, lambda: jax.block_until_ready(eval_losses(state.params, eval_batch, eval_batch)))
+        result["evaluation"] = {"ms": spread(times), "ms_per_batch": statistics.median(times) / config.eval_iters}
     result["loader"] = {"ms": spread(repeat(50, lambda: host_rows(1)))}
 
     if config.new_tokens:
@@ -277,7 +279,7 @@ def profile(function: Callable[[], None]) -> list[dict[str, Any]]:
 
 
 def report(result: dict[str, Any]) -> None:
-    train, evaluation = result["train"], result["evaluation"]
+    train = result["train"]
     print(f"{', '.join(f'{key} {value}' for key, value in result['machine'].items())}")
     mfu = -100.0 if train["mfu"] is None else train["mfu"]
     print(f"time per iteration: {train['ms']['median']:.4f}ms, MFU: {mfu:.2f}%")
@@ -287,7 +289,8 @@ def report(result: dict[str, Any]) -> None:
     print(f"  compilation      {train['compile_s']:.2f} s; first step {train['first_step_s']:.3f} s")
     print(f"  peak memory      {train['peak_memory_mb']:,.0f} MB")
     print(f"  data loader      {show(result['loader']['ms'])}; waited for {train['loader_wait_percent']:.2f} %")
-    print(f"  evaluation       {show(evaluation['ms'])}, {evaluation['ms_per_batch']:.2f} ms a batch")
+    if evaluation := result.get("evaluation"):
+        print(f"  evaluation       {show(evaluation['ms'])}, {evaluation['ms_per_batch']:.2f} ms a batch")
     if generation := result.get("generation"):
         rate = generation["decode_tokens_per_s"]["median"]
         print(f"  generation       {generation['rows']} rows of {generation['prompt_tokens']} tokens: prefill", end=" ")

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 import jax_cpu_kernels
-from jax_transformer import GPTConfig, Params, gelu, layer_norm
+from jax_ops import gelu, layer_norm
+from jax_transformer import GPTConfig, Params
 
 # Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU
 # reads only as many segments as there are tokens; a slice of one large array it would copy, for every token.
@@ -118,8 +119,7 @@ def _linear(x_RK, layer, M):
 
 
 def _norm(x_RD, layer):
-    y_RD = layer_norm(x_RD, layer["scale"])
-    return (y_RD + layer["bias"][None] if "bias" in layer else y_RD).astype(x_RD.dtype)
+    return layer_norm(x_RD, layer["scale"], layer.get("bias"))
 
 
 def _write(segments: Segments, new_BNTH: jax.Array, column: jax.Array | int) -> Segments:

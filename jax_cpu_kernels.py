@@ -115,9 +115,9 @@ def fits_attention(dtype: jax.typing.DTypeLike, head_width: int) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def attention(qkv_RX: jax.Array, dropout_3: jax.Array, B: int, n_head: int) -> jax.Array:
-    """Causal attention of B rows of tokens, (R, 3 * D) -> (R, D): jax_transformer.causal_attention for each head.
+    """Causal attention of B rows of tokens, (R, 3 * D) -> (R, D): jax_ops.causal_attention for each head.
 
-    dropout_3, uint32: two seeds, and the rate times 2**32, 0 for none; it drops what jax_transformer.dropout drops of
+    dropout_3, uint32: two seeds, and the rate times 2**32, 0 for none; it drops what jax_ops.dropout drops of
     all weights (G, T, S). Scores are made again for the gradient instead of kept: of each query only the log of its sum
     of exponentials is (Dao et al. 2022, "FlashAttention"). Raises AssertionError on other types and shapes.
     """

@@ -167,6 +167,11 @@ def in_own_memory(tree: Any) -> Any:
 # devices: parameters on each of them, rows spread over them
 
 
+# For NVIDIA's GPUs. The first keeps apart the products that `jax_transformer.attend` computes apart, the second leaves
+# products to cuBLAS: those that XLA makes with Triton were slower or not chosen, and trying them out took a minute.
+GPU_FLAGS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": "false"}
+
+
 class Layout(NamedTuple):
     """How an iteration's rows go to the devices: `micro_batches` x (`devices` x `rows_per_device`) rows."""
 
@@ -270,8 +275,11 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
         print("note: JAX has no supported backend for Apple's GPU; device=mps computes on the CPU")
     if platforms[kind] is not None:
         jax.config.update("jax_platforms", platforms[kind])
-    if deterministic:  # XLA reads this when the devices are first asked for
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    # XLA reads its flags when the devices are first asked for. What the user says there goes before ours.
+    flags = GPU_FLAGS | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
+    theirs = os.environ.get("XLA_FLAGS", "")
+    ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in theirs]
+    os.environ["XLA_FLAGS"] = " ".join([theirs, *ours]).strip()
     keep_freed_memory()
     keep_compiled_code()
     try:
@@ -365,6 +373,7 @@ def train_step(
     config: GPTConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
+    scan_layers: bool = False,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from A micro-batches of B rows: ids and targets (A, B, T), learning_rate and iteration scalars.
@@ -381,7 +390,7 @@ def train_step(
     adam_state, loss_scale = state.opt_state
 
     def scaled_loss(params, x_BT, y_BT, key):
-        loss = cross_entropy(forward(params, x_BT, config, dropout_key=key), y_BT).mean()
+        loss = cross_entropy(forward(params, x_BT, config, dropout_key=key, scan_layers=scan_layers), y_BT).mean()
         return loss * loss_scale.scale, loss
 
     def accumulate(carry, micro_batch):
@@ -422,12 +431,18 @@ def update_loss_scale(loss_scale: LossScale, finite: jax.Array) -> LossScale:
     return LossScale(scale, jnp.where(grow, 0, good))
 
 
-def compile_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None):
+def compile_train_step(
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+):
     """`train_step` jitted; it takes the state's memory over (donation), so the old state is gone after a call.
 
     On several devices each computes the gradient of its own rows by itself, and these are averaged once an update.
     """
-    step = functools.partial(train_step, config=config, optimizer=optimizer, seed=seed)
+    step = functools.partial(train_step, config=config, optimizer=optimizer, seed=seed, scan_layers=scan_layers)
     if mesh is not None and mesh.size > 1:
         rows = P(None, "data", None)
         step = functools.partial(step, axis="data")
@@ -447,22 +462,24 @@ def compile_ahead(jitted: Any, *arguments: Any) -> Future:
     return compiling
 
 
-def eval_losses(params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig) -> jax.Array:
+def eval_losses(
+    params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig, scan_layers: bool = False
+) -> jax.Array:
     """Mean loss of each row, (A, B) float32, without dropout: a whole evaluation in one dispatch."""
 
     def one_batch(_, batch):
         x_BT, y_BT = batch
-        return None, cross_entropy(forward(params, x_BT, config), y_BT).mean(axis=-1)
+        return None, cross_entropy(forward(params, x_BT, config, scan_layers=scan_layers), y_BT).mean(axis=-1)
 
     return jax.lax.scan(one_batch, None, (x_ABT, y_ABT))[1]
 
 
-def compile_eval(config: GPTConfig, mesh: Mesh | None = None):
+def compile_eval(config: GPTConfig, mesh: Mesh | None = None, scan_layers: bool = False):
     """`eval_losses` jitted: (params, x_ABT, y_ABT) -> losses_AB. On several devices each takes its own rows.
 
     Every device then gets the losses of all, so that every process sees the same evaluation.
     """
-    losses = functools.partial(eval_losses, config=config)
+    losses = functools.partial(eval_losses, config=config, scan_layers=scan_layers)
     if mesh is None or mesh.size == 1:
         return jax.jit(losses)
     rows = P(None, "data", None)

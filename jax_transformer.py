@@ -1,4 +1,4 @@
-"""GPT-2 as Flax NNX modules: configuration, forward pass, loss, counts. No I/O, no training.
+"""GPT-2 as Flax NNX modules: configuration, forward pass, counts. No I/O, no training.
 
 Arrays carry their shape in their name. The dimension key, here and in every other file:
 
@@ -24,6 +24,8 @@ import numpy as np
 from flax import nnx
 
 import jax_cpu_kernels
+from jax_ops import causal_attention, dropout, gelu, has_fused_attention, layer_norm
+from jax_ops import cross_entropy as cross_entropy  # `forward` and its loss come from one place
 
 Params = dict[str, Any]  # nested dict of float32 arrays; its inner layout is this file's own business
 
@@ -72,149 +74,37 @@ GPT2_SIZES = {
 # modules
 
 
-@jax.custom_vjp
-def softmax(scores: jax.Array) -> jax.Array:
-    """Softmax over the last axis, with the gradient in its short form: JAX's own keeps more and takes more passes."""
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def _softmax_forward(scores):
-    weights = jax.nn.softmax(scores, axis=-1)
-    return weights, weights
-
-
-def _softmax_backward(weights, dweights):
-    return (weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True)),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
-@jax.custom_vjp
-def gelu_erf(x: jax.Array) -> jax.Array:
-    """x * Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016), with its slope made in the same pass.
-
-    JAX's own keeps x and takes two passes more over the widest tensor of a layer: 2 % of a step on a CPU.
-    """
-    return _gelu_erf_forward(x)[0]
-
-
-def _gelu_erf_forward(x):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    cdf = 0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5))
-    slope = cdf + wide * jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    return (wide * cdf).astype(x.dtype), slope.astype(x.dtype)
-
-
-gelu_erf.defvjp(_gelu_erf_forward, lambda slope, dy: (dy * slope,))
-
-
-def gelu(x: jax.Array, form: str) -> jax.Array:
-    """GELU in one of its two forms: 'erf', or its approximation by 'tanh'."""
-    return gelu_erf(x) if form == "erf" else jax.nn.gelu(x, approximate=True)
-
-
-def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); without `rngs`, x itself.
-
-    What stays is decided by a hash of an element's index and 64 random bits, not by jax.random: threefry would take a
-    sixth of a training step on a CPU. The hash is "lowbias32", twice (C. Wellons, hash-prospector, 2018).
-    """
-    if rngs is None or rate == 0:
-        return x
-    seed_2 = dropout_seeds(rngs)
-    strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
-    index = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
-    bits = _lowbias32(_lowbias32(index ^ seed_2[0]) ^ seed_2[1])
-    return jnp.where(bits >= np.uint32(rate * 2**32), x * (1 / (1 - rate)), 0).astype(x.dtype)
-
-
-def dropout_seeds(rngs: nnx.Rngs) -> jax.Array:
-    """The 64 random bits of the next dropout, (2,) uint32."""
-    return jax.random.bits(rngs.dropout(), (2,), jnp.uint32)
-
-
-def _lowbias32(bits: jax.Array) -> jax.Array:
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)
-
-
-def has_fused_attention(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether cuDNN's attention runs here: an NVIDIA GPU from Ampere on, and 16 bits. It has no usable dropout."""
-    device = jax.devices()[0]
-    return (
-        device.platform == "gpu"
-        and "NVIDIA" in device.device_kind
-        and float(device.compute_capability) >= 8.0
-        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    )
-
-
-def attend(qkv_RX: jax.Array, B: int, n_head: int, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Causal attention of all heads of B rows of tokens, (R, 3 * D) -> (R, D), in the fastest form there is here."""
-    R, D = qkv_RX.shape[0], qkv_RX.shape[1] // 3
+def attend(
+    x_RD: jax.Array, c_attn: nnx.Linear, B: int, n_head: int, rate: float, seed_2: jax.Array | None
+) -> jax.Array:
+    """Causal attention of all heads of B rows of tokens, (R, D) -> (R, D), in the fastest form there is here."""
+    R, D = x_RD.shape
     T, N, H = R // B, n_head, D // n_head
+    rate = 0.0 if seed_2 is None else rate
+    if rate == 0 and H % 8 == 0 and has_fused_attention(x_RD.dtype):
+        # Three products: to cut what cuDNN reads out of one, and to join its gradient, would be a copy each.
+        q_BTNH, k_BTNH, v_BTNH = (part_RD.reshape(B, T, N, H) for part_RD in _products_apart(x_RD, c_attn, 3))
+        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
+        return y_BTNH.reshape(R, D)
+    qkv_RX = c_attn(x_RD)
     if jax_cpu_kernels.fits_attention(qkv_RX.dtype, H):
-        seeds_2 = jnp.zeros(2, jnp.uint32) if rngs is None or rate == 0 else dropout_seeds(rngs)
-        return jax_cpu_kernels.attention(qkv_RX, jnp.append(seeds_2, np.uint32(rate * 2**32)), B, N)
+        seed_2 = jnp.zeros(2, jnp.uint32) if seed_2 is None else seed_2
+        return jax_cpu_kernels.attention(qkv_RX, jnp.append(seed_2, np.uint32(rate * 2**32)), B, N)
     # Split before the heads are looked at: the gradient then is one concatenation, and no transposing copy.
     q_BTNH, k_BTNH, v_BTNH = (part_RD.reshape(B, T, N, H) for part_RD in jnp.split(qkv_RX, 3, axis=1))
-    if rate == 0 and H % 8 == 0 and has_fused_attention(qkv_RX.dtype):
-        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
-    else:
-        # Heads first: every product is then over whole, contiguous matrices.
-        q_GTH, k_GTH, v_GTH = (a.transpose(0, 2, 1, 3).reshape(B * N, T, H) for a in (q_BTNH, k_BTNH, v_BTNH))
-        y_GTH = causal_attention(q_GTH, k_GTH, v_GTH, rate, rngs)
-        y_BTNH = y_GTH.reshape(B, N, T, H).transpose(0, 2, 1, 3)
-    return y_BTNH.reshape(R, D)
+    # Heads first: every product is then over whole, contiguous matrices.
+    q_GTH, k_GTH, v_GTH = (a.transpose(0, 2, 1, 3).reshape(B * N, T, H) for a in (q_BTNH, k_BTNH, v_BTNH))
+    y_GTH = causal_attention(q_GTH, k_GTH, v_GTH, rate, seed_2)
+    return y_GTH.reshape(B, N, T, H).transpose(0, 2, 1, 3).reshape(R, D)
 
 
-def causal_attention(q_GTH: jax.Array, k_GTH: jax.Array, v_GTH: jax.Array, rate: float, rngs) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v under a causal mask, for each of G heads; scores and softmax in float32 at least."""
-    T, H = q_GTH.shape[1:]
-    precise = jnp.promote_types(q_GTH.dtype, jnp.float32)
-    scores_GTS = jnp.einsum("GTH,GSH->GTS", q_GTH, k_GTH, preferred_element_type=precise) / math.sqrt(H)
-    visible_TS = jnp.tril(jnp.ones((T, T), dtype=bool))
-    weights_GTS = softmax(jnp.where(visible_TS[None], scores_GTS, -jnp.inf)).astype(v_GTH.dtype)
-    return jnp.einsum("GTS,GSH->GTH", dropout(weights_GTS, rate, rngs), v_GTH)
-
-
-def _row_means(x_RD: jax.Array) -> jax.Array:
-    """Mean of each row, (R, 1). On a CPU as a matrix product, which runs on all cores; XLA's reduction runs on one."""
-    D = x_RD.shape[1]
-    means_R = jax.lax.platform_dependent(
-        x_RD, cpu=lambda x_RD: x_RD @ jnp.full(D, 1 / D, x_RD.dtype), default=lambda x_RD: x_RD.mean(axis=1)
-    )
-    return means_R[:, None]
-
-
-@jax.custom_vjp
-def layer_norm(x_RD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """(x - mean) / sqrt(variance + 1e-5) * scale over each row, in float32 at least (Ba et al. 2016).
-
-    The gradient is written out so that it, too, is made of row means: with XLA's own, an update of a small model takes
-    a tenth longer on a CPU. Only x itself and two numbers a row are kept for it.
-    """
-    return _layer_norm_forward(x_RD, scale_D)[0]
-
-
-def _layer_norm_forward(x_RD, scale_D):
-    wide_RD = x_RD.astype(jnp.promote_types(x_RD.dtype, jnp.float32))
-    mean_R1 = _row_means(wide_RD)
-    rstd_R1 = jax.lax.rsqrt(_row_means(jnp.square(wide_RD - mean_R1)) + 1e-5)
-    return (wide_RD - mean_R1) * rstd_R1 * scale_D[None], (x_RD, mean_R1, rstd_R1, scale_D)
-
-
-def _layer_norm_backward(saved, dy_RD):
-    x_RD, mean_R1, rstd_R1, scale_D = saved
-    normal_RD = (x_RD.astype(dy_RD.dtype) - mean_R1) * rstd_R1
-    dnormal_RD = dy_RD * scale_D[None]
-    dx_RD = (dnormal_RD - _row_means(dnormal_RD) - normal_RD * _row_means(dnormal_RD * normal_RD)) * rstd_R1
-    return dx_RD.astype(x_RD.dtype), jnp.sum(dy_RD * normal_RD, axis=0)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+def _products_apart(x_RK: jax.Array, linear: nnx.Linear, parts: int) -> list[jax.Array]:
+    """jnp.split(linear(x_RK), parts, axis=1), each part as a product of its own."""
+    parts_RM = [x_RK @ kernel_KM for kernel_KM in jnp.split(linear.kernel[...].astype(x_RK.dtype), parts, axis=1)]
+    if linear.bias is None:
+        return parts_RM
+    biases_M = jnp.split(linear.bias[...].astype(x_RK.dtype), parts)
+    return [part_RM + bias_M[None] for part_RM, bias_M in zip(parts_RM, biases_M, strict=True)]
 
 
 class LayerNorm(nnx.Module):
@@ -225,8 +115,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.n_embd)) if config.bias else None
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
-        y_RD = layer_norm(x_RD, self.scale[...])
-        return (y_RD if self.bias is None else y_RD + self.bias[...][None]).astype(x_RD.dtype)
+        return layer_norm(x_RD, self.scale[...], None if self.bias is None else self.bias[...])
 
 
 class LinearOut(nnx.Module):
@@ -250,9 +139,10 @@ class CausalSelfAttention(nnx.Module):
         self.c_proj = linear(D, D, kernel_init=residual_init, rngs=rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
-        y_RD = attend(self.c_attn(x_RD), B, self.n_head, 0.0 if rngs is None else self.dropout, rngs)
-        return dropout(self.c_proj(y_RD), self.dropout, rngs)
+    def __call__(self, x_RD: jax.Array, B: int, seeds_22: jax.Array | None) -> jax.Array:
+        of_weights_2, of_output_2 = (None, None) if seeds_22 is None else seeds_22
+        y_RD = attend(x_RD, self.c_attn, B, self.n_head, self.dropout, of_weights_2)
+        return dropout(self.c_proj(y_RD), self.dropout, of_output_2)
 
 
 class MLP(nnx.Module):
@@ -263,9 +153,9 @@ class MLP(nnx.Module):
         self.c_proj = LinearOut(F, D, config, residual_init, rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x_RD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    def __call__(self, x_RD: jax.Array, seed_2: jax.Array | None) -> jax.Array:
         h_RF = gelu(self.c_fc(x_RD), self.gelu)
-        return dropout(self.c_proj(h_RF), self.dropout, rngs)
+        return dropout(self.c_proj(h_RF), self.dropout, seed_2)
 
 
 class Block(nnx.Module):
@@ -275,11 +165,12 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config, linear, residual_init, rngs)
 
-    def __call__(self, x_RD: jax.Array, B: int, rngs: nnx.Rngs | None) -> jax.Array:
+    def __call__(self, x_RD: jax.Array, B: int, seeds_32: jax.Array | None) -> jax.Array:
+        of_attn_22, of_mlp_2 = (None, None) if seeds_32 is None else (seeds_32[:2], seeds_32[2])
         with jax.named_scope("attn"):
-            x_RD = x_RD + self.attn(self.ln_1(x_RD), B, rngs)
+            x_RD = x_RD + self.attn(self.ln_1(x_RD), B, of_attn_22)
         with jax.named_scope("mlp"):
-            return x_RD + self.mlp(self.ln_2(x_RD), rngs)
+            return x_RD + self.mlp(self.ln_2(x_RD), of_mlp_2)
 
 
 def _normals_of_one_draw(key: jax.Array, count: int) -> Callable[[float], nnx.Initializer]:
@@ -328,24 +219,44 @@ class GPT(nnx.Module):
         self.h = nnx.Dict({str(i): Block(config, linear, residual_init, rngs) for i in range(L)})
         self.ln_f = LayerNorm(config)
 
-    def embed(self, input_ids_BT: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    def embed(self, input_ids_BT: jax.Array, seed_2: jax.Array | None) -> jax.Array:
         """Tokens and positions, (B, T, D)."""
         # Looked up in float32, whatever the compute type: a frequent token's gradient is a sum of thousands of rows.
         wte_VD, wpe_TD = self.wte.embedding[...], self.wpe.embedding[...][: input_ids_BT.shape[1]]
         x_BTD = jnp.take(wte_VD, input_ids_BT, axis=0) + wpe_TD[None]
-        return dropout(x_BTD.astype(self.config.dtype), self.config.dropout, rngs)
+        return dropout(x_BTD.astype(self.config.dtype), self.config.dropout, seed_2)
 
-    def __call__(self, input_ids_BT: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, input_ids_BT: jax.Array, dropout_key: jax.Array | None, scan_layers: bool) -> jax.Array:
         B, T = input_ids_BT.shape
-        x_BTD = self.embed(input_ids_BT, rngs)
+        L = self.config.n_layer
+        of_embedding_2 = seeds_L32 = None
+        if dropout_key is not None:  # one draw for all: to compile one takes XLA a tenth of a second
+            seeds_2 = jax.random.bits(dropout_key, (1 + 3 * L, 2), jnp.uint32)
+            of_embedding_2, seeds_L32 = seeds_2[0], seeds_2[1:].reshape(L, 3, 2)
+        x_BTD = self.embed(input_ids_BT, of_embedding_2)
         # Flat rows inside the blocks: with (B, T, D) XLA on a CPU spends a third of the step on transposing copies
         # for the weight gradients.
         x_RD = x_BTD.reshape(B * T, -1)
-        for i in range(self.config.n_layer):
-            x_RD = self.h[str(i)](x_RD, B, rngs)
+        if scan_layers:
+            x_RD = self.scanned(x_RD, B, seeds_L32)
+        else:
+            for i in range(L):
+                x_RD = self.h[str(i)](x_RD, B, None if seeds_L32 is None else seeds_L32[i])
         with jax.named_scope("head"):
             logits_RV = self.wte.attend(self.ln_f(x_RD))  # the tied head: by far the largest tensor of a step
         return logits_RV.reshape(B, T, -1)
+
+    def scanned(self, x_RD: jax.Array, B: int, seeds_L32: jax.Array | None) -> jax.Array:
+        """All blocks as one that is compiled once and looped over. It copies the weights to arrays of all layers."""
+        graphdef = nnx.split(self.h["0"])[0]
+        layers = [nnx.to_pure_dict(nnx.state(self.h[str(i)], nnx.Param)) for i in range(self.config.n_layer)]
+        stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers)
+
+        def one_layer(x_RD, layer):
+            params, seeds_32 = layer
+            return nnx.merge(graphdef, params)(x_RD, B, seeds_32), None
+
+        return jax.lax.scan(one_layer, x_RD, (stacked, seeds_L32))[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,9 +292,16 @@ def abstract_params(config: GPTConfig) -> Params:
 
 
 def forward(
-    params: Params, input_ids_BT: jax.Array, config: GPTConfig, *, dropout_key: jax.Array | None = None
+    params: Params,
+    input_ids_BT: jax.Array,
+    config: GPTConfig,
+    *,
+    dropout_key: jax.Array | None = None,
+    scan_layers: bool = False,
 ) -> jax.Array:
     """Logits (B, T, V) of the next token at each position, in config.dtype. With `dropout_key`, in training mode.
+
+    With `scan_layers`, one layer is compiled and looped over: the same numbers, sooner compiled, slower to run.
 
     Ids must lie in [0, vocab_size). Outside, compiled code cannot raise: a larger id gives NaN, a negative one wraps to
     another token. Check them on the host (jax_data.check_dataset). Raises AssertionError on a wrong rank, type, length,
@@ -397,17 +315,8 @@ def forward(
         differ = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))
         name = differ[0]
         raise AssertionError(f"params do not fit config: {name} is {given.get(name)}, expected {expected.get(name)}")
-    rngs = None if dropout_key is None or config.dropout == 0 else nnx.Rngs(dropout=dropout_key)
-    return nnx.merge(_graphdef(config), params)(input_ids_BT, rngs)
-
-
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target) in nats, (B, T), in float32 whatever lower precision the logits have."""
-    assert logits_BTV.shape[:-1] == targets_BT.shape, f"logits {logits_BTV.shape} do not fit targets {targets_BT.shape}"
-    with jax.named_scope("loss"):
-        logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-        target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+    dropout_key = None if config.dropout == 0 else dropout_key
+    return nnx.merge(_graphdef(config), params)(input_ids_BT, dropout_key, scan_layers)
 
 
 def num_params(params: Params) -> int:

@@ -86,6 +86,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16, on a CPU float32
     deterministic: bool = False  # bit-identical resume on a GPU too; slower
+    scan_layers: bool = False  # compile one layer and loop over all: for deep models; each step takes longer
     compile: bool = True  # no meaning here: JAX always compiles. Accepted for nanoGPT's command lines
     backend: str = "nccl"  # no meaning here: JAX picks its own. Accepted for nanoGPT's command lines
 
@@ -121,7 +122,7 @@ def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[
     """
     import jax_train_utils as utils
 
-    eval_losses = utils.compile_eval(model, mesh)
+    eval_losses = utils.compile_eval(model, mesh, config.scan_layers)
     rows = config.eval_iters * config.batch_size
     padded_R, micro_batches = utils.pad_rows(np.arange(rows), config.batch_size, mesh.size)
     own_rows = padded_R[utils.own_rows(len(padded_R), micro_batches, mesh)]
@@ -330,7 +331,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
     rows_ABT = utils.abstract_rows(layout, config.block_size, mesh)
     train_step = utils.compile_ahead(  # while the model is evaluated for the first time
-        utils.compile_train_step(model, optimizer, config.seed, mesh),
+        utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers),
         utils.abstract_state(model, optimizer, mesh), rows_ABT, rows_ABT, np.float32(0), np.int32(0),
     )  # fmt: skip
     own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some

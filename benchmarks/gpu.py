@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GPT2 = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--real_data=False", "--eval_iters=4", "--steps=30"]
-CHAR = ["config/train_shakespeare_char.py", "--eval_iters=20"]
+STEP_ONLY = ["--eval_iters=0", "--new_tokens=0"]
+GPT2 = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--real_data=False", "--steps=30", *STEP_ONLY]
+CHAR = ["config/train_shakespeare_char.py", "--steps=200", *STEP_ONLY]
 FLAGS = {  # one at a time, at 32 rows
-    "no triton gemm": "--xla_gpu_enable_triton_gemm=false",
-    "cublaslt": "--xla_gpu_enable_cublaslt=true",
+    "products by Triton, too": "--xla_gpu_enable_triton_gemm=true",
+    "products merged": "--xla_gpu_dot_merger_threshold_mb=64",
     "graphs of one kernel": "--xla_gpu_graph_min_graph_size=1",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -30,42 +31,52 @@ FLAGS = {  # one at a time, at 32 rows
 
 def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str]]]:
     """Name -> (kind, flags, environment)."""
-    table: dict[str, tuple[str, list[str], dict[str, str]]] = {"gpt2 x32": ("bench", [*GPT2, "--batch_size=32"], {})}
+    table: dict[str, tuple[str, list[str], dict[str, str]]] = {
+        "char run": ("train", ["config/train_shakespeare_char.py"], {}),
+        "gpt2 x32": ("bench", [*GPT2, "--batch_size=32"], {}),
+    }
     if nanogpt is not None:
         table["nanogpt gpt2 x32"] = ("nanogpt bench", ["--batch_size=32"], {})
     table["gpt2 x64"] = ("bench", [*GPT2, "--batch_size=64"], {})
-    table["char step"] = ("bench", [*CHAR, "--steps=200"], {})
-    table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps=200", "--steps_per_dispatch=10"], {})
-    table["char run"] = ("train", ["config/train_shakespeare_char.py"], {})
     if nanogpt is not None:
         table["nanogpt gpt2 x64"] = ("nanogpt bench", ["--batch_size=64"], {})
         table["nanogpt gpt2 x12"] = ("nanogpt bench", ["--batch_size=12"], {})
     table["gpt2 x12"] = ("bench", [*GPT2, "--batch_size=12"], {})
     table["gpt2 x96"] = ("bench", [*GPT2, "--batch_size=96"], {})
+    for rows in (1, 64):
+        few = ["--steps=5", "--new_tokens=256", f"--batch_size={rows}"]
+        table[f"gpt2 generation x{rows}"] = ("bench", [*GPT2, *few], {})
+    table["gpt2 x32, layers scanned"] = ("bench", [*GPT2, "--batch_size=32", "--scan_layers=True"], {})
     table["gpt2 4 x 16"] = ("bench", [*GPT2, "--batch_size=16", "--gradient_accumulation_steps=4"], {})
     # Attention with dropout is XLA's, without it cuDNN's: the rate is far below one element in a million.
     table["gpt2 x32, XLA's attention"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=1e-9"], {})
     table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
     table["gpt2 x12, float32"] = ("bench", [*GPT2, "--batch_size=12", "--dtype=float32"], {})
+    table["char step"] = ("bench", CHAR, {})
+    table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps_per_dispatch=10"], {})
+    table["char step, layers scanned"] = ("bench", [*CHAR, "--scan_layers=True"], {})
     for name, flag in FLAGS.items():
         table[f"gpt2 x32, {name}"] = ("bench", [*GPT2, "--batch_size=32"], {"XLA_FLAGS": flag})
     table["gpt2 x32, profile"] = ("bench", [*GPT2, "--batch_size=32", "--profile=True"], {})
     return table
 
 
-def measure(kind: str, flags: list[str], nanogpt: Path | None, folder: Path, timeout: float) -> dict:
+def measure(
+    kind: str, flags: list[str], environment: dict[str, str], nanogpt: Path | None, folder: Path, timeout: float
+) -> dict:
     """Run one part and read its figures. Raises RuntimeError with the end of its output if it fails."""
-    figures = folder / "figures.json"
+    figures, environment = folder / "figures.json", {**os.environ, **environment}
     if kind == "bench":
         command, where = [sys.executable, "bench_jax.py", *flags, f"--json={figures}"], ROOT
     elif kind == "train":
         command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
+        environment |= {"XDG_CACHE_HOME": str(folder)}  # nothing compiled before is found
     else:
         assert nanogpt is not None
         command, where = [sys.executable, "bench.py", "--real_data=False", "--compile=True", *flags], nanogpt
     started = time.perf_counter()
     try:
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took more than {timeout:.0f} s") from None
     seconds = time.perf_counter() - started
@@ -90,7 +101,10 @@ def show(name: str, result: dict) -> str:
     train = result.get("train", result)
     ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
     mfu = "" if train.get("mfu") is None else f"{train['mfu']:6.1f} % MFU"
-    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}"
+    made = (
+        f", generates {made['decode_tokens_per_s']['median']:,.0f} tok/s" if (made := result.get("generation")) else ""
+    )
+    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}{made}"
 
 
 def main() -> int:
@@ -118,11 +132,11 @@ def main() -> int:
             print(f"out of time before part {number} of {len(table)}; call again to go on")
             break
         device = [f"--device={args.device}"] if args.device else []
-        os.environ.pop("XLA_FLAGS", None)
-        os.environ.update(environment)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                results[name] = measure(kind, flags + device, args.nanogpt, Path(folder), min(left - 10, 240))
+                results[name] = measure(
+                    kind, flags + device, environment, args.nanogpt, Path(folder), min(left - 10, 240)
+                )
             except RuntimeError as error:
                 results[name] = {"error": str(error)}
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -113,11 +113,13 @@ def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(run, workdir):
     assert "note: no folder for compiled code" in run("train_jax.py", "tiny.py", "--max_iters=1", **nowhere).stdout
 
 
-def test_deterministic_sets_xlas_flag_beside_those_of_the_user_before_the_devices_are_asked_for():
+def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_user_win():
     code = "import os, jax_train_utils as u; u.find_devices('cpu', deterministic=True); print(os.environ['XLA_FLAGS'])"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    theirs = ["--xla_force_host_platform_device_count=1", "--xla_gpu_enable_triton_gemm=true"]
+    env = os.environ | {"XLA_FLAGS": " ".join(theirs)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
-    assert done.stdout.split() == ["--xla_force_host_platform_device_count=1", "--xla_gpu_deterministic_ops=true"]
+    ours = ["--xla_gpu_dot_merger_threshold_mb=0", "--xla_gpu_deterministic_ops=true"]
+    assert done.stdout.split() == theirs + ours, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_cpu_kernels as kernels
 from jax_cache import decoding_weights
 from jax_generate import generate
-from jax_transformer import GPTConfig, cross_entropy, dropout, forward, init_params
+from jax_ops import dropout
+from jax_transformer import GPTConfig, cross_entropy, forward, init_params
 
 ROOT = Path(__file__).resolve().parents[1]
 no_compiler = shutil.which(os.environ.get("CXX", "c++")) is None
@@ -89,9 +89,8 @@ def test_attention_and_its_gradient_are_those_of_float64(B, N, T, H, scale, seed
 def test_attention_drops_what_the_models_dropout_drops_of_all_weights(T):
     B, N, H, rate = 2, 3, 16, 0.3
     qkv_RX, dy_RD = (jax.random.normal(jax.random.key(n), (B * T, n * N * H)) for n in (3, 1))
-    rngs = [nnx.Rngs(dropout=jax.random.key(7)) for _ in range(2)]
-    factors_GTS = np.asarray(dropout(jnp.ones((B * N, T, T)), rate, rngs[0]))
-    seeds_2 = jax.random.bits(rngs[1].dropout(), (2,), jnp.uint32)
+    seeds_2 = jax.random.bits(jax.random.key(7), (2,))
+    factors_GTS = np.asarray(dropout(jnp.ones((B * N, T, T)), rate, seeds_2))
     y_RD, dqkv_RX = attention_and_gradient(qkv_RX, dy_RD, B, N, (*map(int, seeds_2), int(rate * 2**32)))
     expected_y, expected_dqkv = attention_in_float64(qkv_RX, dy_RD, B, N, factors_GTS)
     np.testing.assert_allclose(y_RD, expected_y, atol=1e-5)

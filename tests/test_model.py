@@ -1,4 +1,4 @@
-"""The GPT itself (jax_transformer.py): forward pass, gradients, initialisation, dropout, counts.
+"""The GPT itself (jax_transformer.py and jax_ops.py): forward pass, gradients, initialisation, dropout, counts.
 
 python -m pytest tests/test_model.py
 """
@@ -15,22 +15,18 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_ops
 import jax_transformer
+from jax_ops import causal_attention, cross_entropy, dropout, gelu_erf, layer_norm, softmax
 from jax_transformer import (
     GPT2_SIZES,
     GPTConfig,
     Params,
     abstract_params,
-    causal_attention,
-    cross_entropy,
-    dropout,
     flops_per_token,
     forward,
-    gelu_erf,
     init_params,
-    layer_norm,
     num_params,
-    softmax,
 )
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11, bias=True)
@@ -86,7 +82,10 @@ def test_layer_norm_and_its_gradient_are_those_of_the_formula(dtype, tolerance):
         return centred_RD / jnp.sqrt((centred_RD**2).mean(1, keepdims=True) + 1e-5) * scale_D
 
     def weighted(function):
-        return jax.jit(jax.value_and_grad(lambda x, scale: (function(x, scale) * weights_RD).sum(), argnums=(0, 1)))
+        def total(x_RD, scale_D):
+            return (function(x_RD, scale_D).astype(jnp.float32) * weights_RD).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
 
     ours, theirs = weighted(layer_norm)(x_RD, scale_D), weighted(formula)(x_RD, scale_D)
     assert ours[1][0].dtype == x_RD.dtype
@@ -341,11 +340,12 @@ def test_every_place_of_dropout_is_active_and_keeps_the_expectation(monkeypatch)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     active = -1
 
-    def one_at_a_time(x, rate, rngs):
+    def one_at_a_time(x, rate, seed_2):
         here = len(seen) == active
-        seen.append((np.asarray(x), np.asarray(dropout(x, rate, rngs)) if here else np.asarray(x)))
+        seen.append((np.asarray(x), np.asarray(dropout(x, rate, seed_2)) if here else np.asarray(x)))
         return jnp.asarray(seen[-1][1])
 
+    monkeypatch.setattr(jax_ops, "dropout", one_at_a_time)  # of attention weights
     monkeypatch.setattr(jax_transformer, "dropout", one_at_a_time)
     plain_BTV = forward(params, ids_BT, DROPPING)
     assert len(seen) == len(PLACES)
@@ -385,7 +385,7 @@ def test_attention_weights_are_dropped_one_by_one_and_scaled_up():
 
     @jax.jit
     def weights(key):
-        return causal_attention(q_GTH, k_GTH, v_GTH, rate, None if key is None else nnx.Rngs(key))
+        return causal_attention(q_GTH, k_GTH, v_GTH, rate, None if key is None else jax.random.bits(key, (2,)))
 
     kept_GTS, dropped_GTS = np.asarray(weights(None)), np.asarray(weights(jax.random.key(0)))
     np.testing.assert_allclose(kept_GTS.sum(-1), 1, rtol=1e-5)
@@ -402,7 +402,8 @@ def test_attention_weights_are_dropped_one_by_one_and_scaled_up():
 def test_dropout_masks_look_like_coin_flips(shape):
     """Rate, neighbours at several distances, and masks of other keys: each within 5 standard deviations of chance."""
     rate = 0.3
-    masks = [np.asarray(dropout(jnp.ones(shape), rate, nnx.Rngs(dropout=i))).ravel() != 0 for i in range(4)]
+    seeds = [jax.random.bits(jax.random.key(i), (2,)) for i in range(4)]
+    masks = [np.asarray(dropout(jnp.ones(shape), rate, seed_2)).ravel() != 0 for seed_2 in seeds]
     size = masks[0].size
     for mask in masks:
         assert abs(mask.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / size)
@@ -485,6 +486,69 @@ def test_fused_attention_where_there_is_one_computes_the_same(monkeypatch):
     assert len(asked) == config.n_layer
 
 
+@pytest.mark.parametrize("dropout_key", [None, 0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forms_for_a_gpu_compute_the_same(monkeypatch, dtype, dropout_key):
+    """What `platform_dependent` keeps from a CPU, computed on one: loss and every gradient."""
+    config = dataclasses.replace(TINY, n_embd=32, n_head=2, dtype=dtype, dropout=0.25)
+    params = random_params(config)
+    ids_BT, targets_BT = (jnp.asarray(random_ids(config, seed=seed)) for seed in (0, 1))
+    key = None if dropout_key is None else jax.random.key(dropout_key)
+
+    def loss(params):
+        return cross_entropy(forward(params, ids_BT, config, dropout_key=key), targets_BT).mean()
+
+    asked = []
+
+    def as_on_a_gpu(*arrays, cpu, default):
+        asked.append(default)
+        return default(*arrays)
+
+    plain = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_gpu)
+    ours = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
+    assert jax_ops._softmax_in_passes in asked
+    assert jax_ops._barrier in asked
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def test_gradient_of_attention_in_bfloat16_is_that_in_float32():
+    random = np.random.default_rng(0)
+    qkv = [jnp.asarray(random.standard_normal((3, 16, 8)), jnp.bfloat16) for _ in range(3)]
+    dy_GTH = jnp.asarray(random.standard_normal((3, 16, 8)), jnp.bfloat16)
+
+    def gradient(dtype):
+        back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, 0.0, None), *(a.astype(dtype) for a in qkv))[1]
+        return back(dy_GTH.astype(dtype))
+
+    for low, full in zip(gradient("bfloat16"), gradient("float32"), strict=True):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(low), full, atol=2e-2 * np.abs(full).max())
+
+
+@pytest.mark.parametrize("dropout_key", [None, 0])
+def test_scanned_layers_are_the_same_layers(dropout_key):
+    config = dataclasses.replace(TINY, n_layer=3, dropout=0.25)
+    params = random_params(config)
+    ids_BT, targets_BT = (jnp.asarray(random_ids(config, seed=seed)) for seed in (0, 1))
+    key = None if dropout_key is None else jax.random.key(dropout_key)
+
+    def loss_and_gradient(scan_layers):
+        def loss(params):
+            logits_BTV = forward(params, ids_BT, config, dropout_key=key, scan_layers=scan_layers)
+            return cross_entropy(logits_BTV, targets_BT).mean()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return compiled(params), str(compiled.as_text()).count("while(")
+
+    (scanned, loops), (unrolled, no_loops) = loss_and_gradient(True), loss_and_gradient(False)
+    assert loops > no_loops
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(unrolled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_embedding_gradients_are_summed_in_float32():
     """A sum of 4096 ones in bfloat16 ends at 256, and a frequent token would hardly learn."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=3, dtype="bfloat16")
@@ -525,6 +589,19 @@ def test_cross_entropy_is_minus_the_log_probability(size):
     loss_BT = cross_entropy(jnp.asarray(logits_BTV), jnp.asarray(targets_BT))
     assert loss_BT.dtype == jnp.float32
     np.testing.assert_allclose(loss_BT, truth_BT, rtol=1e-6, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_gradient_of_cross_entropy_is_the_probabilities_less_one_at_the_target(dtype, tolerance):
+    random = np.random.default_rng(0)
+    logits_BTV = jnp.asarray(4 * random.standard_normal((2, 5, 7)), dtype)
+    targets_BT, weights_BT = random.integers(0, 7, (2, 5)), random.standard_normal((2, 5))
+    gradient = jax.grad(lambda logits: (cross_entropy(logits, jnp.asarray(targets_BT)) * weights_BT).sum())
+    p_BTV = np.exp(np.asarray(logits_BTV, np.float64))
+    expected = (p_BTV / p_BTV.sum(-1, keepdims=True) - np.eye(7)[targets_BT]) * weights_BT[..., None]
+    found = jax.jit(gradient)(logits_BTV)
+    assert found.dtype == logits_BTV.dtype
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
