@@ -8,6 +8,12 @@ The step is the trainer's own, fed and read as the trainer does it. nanoGPT's be
 backward of one micro-batch and an update, after 10 steps of warm-up.
 """
 
+if __name__ == "__main__":  # before the other imports, since it starts the script again
+    import jax_host_memory
+
+    jax_host_memory.use_huge_pages()
+
+
 import dataclasses
 import functools
 import gzip
@@ -300,5 +306,4 @@ def report(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.use_huge_pages()
     configurator.run_script(main, jax_data.DataError, machine_failed=OSError)

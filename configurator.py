@@ -110,20 +110,6 @@ def print_sources(config: "DataclassInstance", sources: Mapping[str, str], defau
         _print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {_one_line(source)}")
 
 
-def use_huge_pages() -> None:
-    """Have glibc ask Linux for memory in large pages. Starts the script again: only a new process can be told so.
-
-    A step of a large model on a CPU takes memory by the gigabyte, and in pages of 4 kB the kernel needs up to a third
-    of the time to hand it out. A choice in GLIBC_TUNABLES is left as it is; ours is there after the second start.
-    """
-    glibc = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if glibc and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def run_script(
     main: Callable[[], int | None], *bad_input: type[Exception], machine_failed: type[Exception] | tuple = ()
 ) -> NoReturn:

@@ -3,14 +3,12 @@
 Everything here is a plain function of plain trees; `train_jax.py` is the loop around it.
 """
 
-import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_cpu_kernels
+import jax_host_memory
 from jax_transformer import GPTConfig, Params, cross_entropy, forward, init_params
 
 # Dynamic loss scaling as in torch's GradScaler, of which nanoGPT's float16 makes use.
@@ -188,22 +187,6 @@ def lay_out(rows: int, batch_size: int, available_devices: int) -> Layout:
     return Layout(devices, rows_each // rows_at_once, rows_at_once)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what it is given back. Once, before the first computation; elsewhere than on Linux, nothing.
-
-    XLA on a CPU allocates its temporary memory anew for every step. glibc asks the kernel for a block of that size and
-    returns it at once, so each step begins with the kernel filling it with zeros: a third of a small model's step.
-    Above 2 GB that is left as it is: a heap in which such a block just does not fit would grow by another of its size.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: blocks below 2 GB come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
-
-
 def keep_compiled_code() -> None:
     """Keep what XLA compiles in `cache_folder`, so that the next start compiles nothing.
 
@@ -263,8 +246,8 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     Where several processes train together, they are those of all.
 
     Raises ValueError if JAX has none of that kind. Must come before JAX is first used, which it also prepares:
-    `keep_freed_memory`, `keep_compiled_code`, our own code for a CPU (`jax_cpu_kernels.load`), and with `deterministic`
-    a GPU that gives the same bits every time.
+    `jax_host_memory.keep_freed_memory`, `keep_compiled_code`, our own code for a CPU (`jax_cpu_kernels.load`), XLA's
+    flags for a GPU, and with `deterministic` a GPU that gives the same bits every time.
     """
     kind, _, index = device.partition(":")
     # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
@@ -280,7 +263,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     theirs = os.environ.get("XLA_FLAGS", "")
     ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in theirs]
     os.environ["XLA_FLAGS"] = " ".join([theirs, *ours]).strip()
-    keep_freed_memory()
+    jax_host_memory.keep_freed_memory()
     keep_compiled_code()
     try:
         devices = jax.devices()

@@ -11,6 +11,12 @@
 Each sample is printed as its prompt and what follows, then a line of dashes. Remarks go to stderr.
 """
 
+if __name__ == "__main__":  # before the other imports, since it starts the script again
+    import jax_host_memory
+
+    jax_host_memory.use_huge_pages()
+
+
 import ast
 import io
 import math
@@ -264,5 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.use_huge_pages()
     configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError, jax_weights.WeightsError)

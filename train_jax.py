@@ -10,6 +10,12 @@ python train_jax.py config/train_gpt2.py --print_config=True          where does
 srun --ntasks-per-node=1 python train_jax.py config/train_gpt2.py     on all nodes of a SLURM job
 """
 
+if __name__ == "__main__":  # before the other imports, since it starts the script again
+    import jax_host_memory
+
+    jax_host_memory.use_huge_pages()
+
+
 import atexit
 import contextlib
 import dataclasses
@@ -463,7 +469,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
 
 if __name__ == "__main__":
-    configurator.use_huge_pages()
     configurator.run_script(
         functools.partial(jax_processes.together, main),
         jax_data.DataError,

@@ -153,7 +153,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    import configurator
+    import jax_host_memory
 
-    configurator.use_huge_pages()  # as sample_jax.py does; for both
+    jax_host_memory.use_huge_pages()  # as sample_jax.py does; for both
     sys.exit(main())

@@ -127,9 +127,9 @@ def test_freed_memory_is_kept_so_that_the_kernel_need_not_zero_it_again():
     code = """
 import resource, sys
 import numpy as np
-import jax_train_utils
+import jax_host_memory
 if sys.argv[1] == "kept":
-    jax_train_utils.keep_freed_memory()
+    jax_host_memory.keep_freed_memory()
 np.ones(8_000_000)  # 64 MB: the first one has to come from the kernel
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -621,7 +621,7 @@ def test_the_defaults_are_nanogpts():
 
 def test_scripts_start_again_once_with_large_pages_and_leave_a_users_choice_alone(tmp_path):
     script = tmp_path / "script.py"
-    lines = ["import os, sys", "import configurator", "configurator.use_huge_pages()"]
+    lines = ["import os, sys", "import jax_host_memory", "jax_host_memory.use_huge_pages()"]
     lines.append("print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])")
     script.write_text("\n".join(lines))
 
