@@ -209,6 +209,7 @@ def _cross_entropy_forward(logits_BTV, targets_BT):
 def _cross_entropy_backward(saved, dloss_BT):
     logits_BTV, targets_BT, log_total_BT = saved
     p_BTV = jnp.exp(logits_BTV.astype(log_total_BT.dtype) - log_total_BT[..., None])
+    targets_BT = jnp.where(targets_BT < 0, targets_BT + logits_BTV.shape[2], targets_BT)  # as the lookup counts them
     is_target_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
     return ((p_BTV - is_target_BTV) * dloss_BT[..., None]).astype(logits_BTV.dtype), None
 

@@ -595,7 +595,7 @@ def test_cross_entropy_is_minus_the_log_probability(size):
 def test_gradient_of_cross_entropy_is_the_probabilities_less_one_at_the_target(dtype, tolerance):
     random = np.random.default_rng(0)
     logits_BTV = jnp.asarray(4 * random.standard_normal((2, 5, 7)), dtype)
-    targets_BT, weights_BT = random.integers(0, 7, (2, 5)), random.standard_normal((2, 5))
+    targets_BT, weights_BT = random.integers(-7, 7, (2, 5)), random.standard_normal((2, 5))  # negative: from the end
     gradient = jax.grad(lambda logits: (cross_entropy(logits, jnp.asarray(targets_BT)) * weights_BT).sum())
     p_BTV = np.exp(np.asarray(logits_BTV, np.float64))
     expected = (p_BTV / p_BTV.sum(-1, keepdims=True) - np.eye(7)[targets_BT]) * weights_BT[..., None]
