@@ -251,7 +251,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
         losses = [progress.best_val_loss, jax_checkpoint.best_val_loss(out_dir)]
         progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
-    print(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
 
     evaluate = make_evaluate(config, model, data_dir, mesh)
 
@@ -295,6 +294,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         peak=None if peak is None else peak * layout.devices,
         wandb_run=wandb_run,
     )
+    # and with it, through a pipe, too, all that was printed before: what comes now may take long
+    log.say(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
     if config.eval_only:

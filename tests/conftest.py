@@ -48,7 +48,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One CPU device, nobody logged in anywhere, and one compilation cache for the session (this saves minutes)."""
-    ours = ("JAX_", "XLA_", "WANDB_", "SLURM_", "RANK", "WORLD_SIZE")
+    ours = ("JAX_", "XLA_", "WANDB_", "SLURM_", "RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # large pages are a second start of each script
     env["HOME"] = str(tmp_path_factory.mktemp("home"))
