@@ -167,17 +167,17 @@ def _layer_norm_forward(x_RD, scale_D, bias_D):
 def _layer_norm_backward(saved, dy_RD):
     x_RD, mean_R1, rstd_R1, scale_D, bias_D = saved
 
-    def terms(x_RD, dy_RD):
-        normal_RD = (x_RD.astype(rstd_R1.dtype) - mean_R1) * rstd_R1
-        return normal_RD, dy_RD.astype(rstd_R1.dtype), dy_RD.astype(rstd_R1.dtype) * scale_D[None]
+    def wide(x_RD, dy_RD):
+        """The normalised rows, and dy in the precision of the row's numbers."""
+        return (x_RD.astype(rstd_R1.dtype) - mean_R1) * rstd_R1, dy_RD.astype(rstd_R1.dtype)
 
-    # Three passes over x and dy: the row means, dx, and the sums over rows, which XLA joins to dx.
-    normal_RD, _, dnormal_RD = terms(x_RD, dy_RD)
-    means = _row_means(dnormal_RD), _row_means(dnormal_RD * normal_RD)
+    # Three passes over x and dy: the means of rows, dx, and the sums over all rows, which XLA joins to dx.
+    normal_RD, wide_dy_RD = wide(x_RD, dy_RD)
+    means = _row_means(wide_dy_RD * scale_D[None]), _row_means(wide_dy_RD * scale_D[None] * normal_RD)
     x_RD, dy_RD, mean_R1_of_dnormal, mean_R1_of_product = _in_memory(x_RD, dy_RD, *means)
-    normal_RD, _, dnormal_RD = terms(x_RD, dy_RD)
-    dx_RD = (dnormal_RD - mean_R1_of_dnormal - normal_RD * mean_R1_of_product) * rstd_R1
-    normal_RD, wide_dy_RD, _ = terms(*_in_memory(x_RD, dy_RD))
+    normal_RD, wide_dy_RD = wide(x_RD, dy_RD)
+    dx_RD = (wide_dy_RD * scale_D[None] - mean_R1_of_dnormal - normal_RD * mean_R1_of_product) * rstd_R1
+    normal_RD, wide_dy_RD = wide(*_in_memory(x_RD, dy_RD))
     dbias_D = None if bias_D is None else jnp.sum(wide_dy_RD, axis=0)
     return dx_RD.astype(x_RD.dtype), jnp.sum(wide_dy_RD * normal_RD, axis=0), dbias_D
 

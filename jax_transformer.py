@@ -4,7 +4,7 @@ Arrays carry their shape in their name. The dimension key, here and in every oth
 
     B batch    T time (tokens)    R = B * T flat rows    D model width (n_embd)    F = 4 * D feed-forward
     N heads    H head width       V vocabulary           L layers                  A accumulated micro-batches
-    S keys attended to (= T without a cache)    G = B * N heads of all rows       Q queries of a block
+    S keys attended to (= T without a cache)    G = B * N heads of all rows
     X = 3 * D queries, keys and values
 
 The modules exist to be split once: `init_params` gives a plain dict of arrays, and `forward` is a pure function of it,
@@ -301,7 +301,7 @@ def forward(
 ) -> jax.Array:
     """Logits (B, T, V) of the next token at each position, in config.dtype. With `dropout_key`, in training mode.
 
-    With `scan_layers`, one layer is compiled and looped over: the same numbers, sooner compiled, slower to run.
+    With `scan_layers`, one layer is compiled and looped over: the same numbers up to rounding.
 
     Ids must lie in [0, vocab_size). Outside, compiled code cannot raise: a larger id gives NaN, a negative one wraps to
     another token. Check them on the host (jax_data.check_dataset). Raises AssertionError on a wrong rank, type, length,

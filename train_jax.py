@@ -92,7 +92,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | gpu | tpu, or one of several: cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16, on a CPU float32
     deterministic: bool = False  # bit-identical resume on a GPU too; slower
-    scan_layers: bool = False  # compile one layer and loop over all: for deep models; each step takes longer
+    scan_layers: bool = False  # one layer in a loop: a deep model compiles sooner for a GPU; slower on a CPU
     compile: bool = True  # no meaning here: JAX always compiles. Accepted for nanoGPT's command lines
     backend: str = "nccl"  # no meaning here: JAX picks its own. Accepted for nanoGPT's command lines
 

@@ -173,11 +173,10 @@ def test_directory_without_the_right_to_write_is_one_line_and_exit_1(run, workdi
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_console_on_a_full_disk_does_not_stop_a_run(workdir, environment):
-    buffered = {key: value for key, value in environment.items() if key != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:  # as `python train_jax.py tiny.py > log.txt` on a full disk
         done = subprocess.run(
             [sys.executable, str(ROOT / "train_jax.py"), "tiny.py"],
-            cwd=workdir, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            cwd=workdir, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.stderr.splitlines() == [
         "warning: nothing more is printed (OSError: [Errno 28] No space left on device); the run goes on"

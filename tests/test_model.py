@@ -70,24 +70,26 @@ def compiled_forward(params: Params, ids_BT: jax.Array, config: GPTConfig) -> ja
 # the one gradient that is written by hand
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_layer_norm_and_its_gradient_are_those_of_the_formula(dtype, tolerance):
-    keys = jax.random.split(jax.random.key(0), 3)
+def test_layer_norm_and_its_gradient_are_those_of_the_formula(dtype, tolerance, with_bias):
+    keys = jax.random.split(jax.random.key(0), 4)
     x_RD = (3 + 2 * jax.random.normal(keys[0], (7, 24))).astype(dtype)
-    scale_D, weights_RD = jax.random.normal(keys[1], (24,)), jax.random.normal(keys[2], (7, 24))
+    weights_RD = jax.random.normal(keys[1], (7, 24))
+    scale_and_bias = [jax.random.normal(key, (24,)) for key in keys[2 : 3 + with_bias]]
 
-    def formula(x_RD, scale_D):
+    def formula(x_RD, scale_D, bias_D=0.0):
         x_RD = x_RD.astype(jnp.float32)
         centred_RD = x_RD - x_RD.mean(1, keepdims=True)
-        return centred_RD / jnp.sqrt((centred_RD**2).mean(1, keepdims=True) + 1e-5) * scale_D
+        return centred_RD / jnp.sqrt((centred_RD**2).mean(1, keepdims=True) + 1e-5) * scale_D + bias_D
 
     def weighted(function):
-        def total(x_RD, scale_D):
-            return (function(x_RD, scale_D).astype(jnp.float32) * weights_RD).sum()
+        def total(x_RD, scale_and_bias):
+            return (function(x_RD, *scale_and_bias).astype(jnp.float32) * weights_RD).sum()
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
 
-    ours, theirs = weighted(layer_norm)(x_RD, scale_D), weighted(formula)(x_RD, scale_D)
+    ours, theirs = weighted(layer_norm)(x_RD, scale_and_bias), weighted(formula)(x_RD, scale_and_bias)
     assert ours[1][0].dtype == x_RD.dtype
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=tolerance, atol=tolerance)

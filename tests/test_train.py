@@ -294,6 +294,19 @@ def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(run, workdir):
     assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
 
 
+def test_scanned_layers_train_as_unrolled_ones(run, workdir):
+    losses, loops = {}, {}
+    for scan in (False, True):
+        ir = workdir / f"ir{scan}"
+        options = ("--gradient_accumulation_steps=1", f"--scan_layers={scan}", f"--out_dir=out{scan}")
+        run("train_jax.py", "tiny.py", *options, JAX_DUMP_IR_TO=str(ir))
+        (step,) = (path.read_text() for path in ir.glob("*jit_train_step*"))
+        loops[scan] = step.count("stablehlo.while")
+        losses[scan] = [value for r in metrics(workdir / f"out{scan}") for key, value in r.items() if "loss" in key]
+    assert loops[True] > loops[False]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation only
 
