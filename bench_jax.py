@@ -67,19 +67,20 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
+    import jax_devices
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
     # ------------------------------------------------------------------------------------------------------------------
     # the trainer's set-up
 
-    compute = utils.in_own_thread()
+    compute = jax_devices.in_own_thread()
     with configurator.one_line_errors(ValueError):
-        devices = utils.find_devices(config.device, config.deterministic)
+        devices = jax_devices.find_devices(config.device, config.deterministic)
     rows = config.batch_size * config.gradient_accumulation_steps
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     mesh = utils.make_mesh(devices[: layout.devices])
-    dtype = utils.compute_dtype(config.dtype, devices[0])
+    dtype = jax_devices.compute_dtype(config.dtype, devices[0])
     shape = {key: getattr(config, key) for key in MODEL_SHAPE}
     model = GPTConfig(**shape, vocab_size=vocab_size, dropout=config.dropout, dtype=dtype)
     optimizer = utils.make_optimizer(

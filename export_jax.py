@@ -133,10 +133,11 @@ def main() -> None:
     # jax is imported only here, so that a mistake in the options is told at once
     import jax
 
+    import jax_devices
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, abstract_params
 
-    mesh = utils.make_mesh(utils.find_devices("cpu")[:1])  # nothing is computed
+    mesh = utils.make_mesh(jax_devices.find_devices("cpu")[:1])  # nothing is computed
     model = GPTConfig(**meta["model"])
     wanted = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=utils.replicated(mesh)), abstract_params(model)

@@ -190,15 +190,16 @@ def load(
     """The weights on the device, and the model's configuration: of the run's checkpoint, or those that were `found`."""
     import jax
 
+    import jax_devices
     import jax_train_utils as utils
     from jax_cache import decoding_weights
     from jax_transformer import GPTConfig, abstract_params
 
     with configurator.one_line_errors(ValueError):
-        devices = utils.find_devices(config.device)
+        devices = jax_devices.find_devices(config.device)
     sharding = utils.replicated(utils.make_mesh(devices[:1]))
     shape = meta["model"] if found is None else found.model
-    model = GPTConfig(**{**shape, "dtype": utils.compute_dtype(config.dtype, devices[0]), "dropout": 0.0})
+    model = GPTConfig(**{**shape, "dtype": jax_devices.compute_dtype(config.dtype, devices[0]), "dropout": 0.0})
     if found is not None:
         return decoding_weights(jax_weights.read_weights(found, sharding), model), model
     assert step_dir is not None

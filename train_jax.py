@@ -194,12 +194,13 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
     import jax
 
+    import jax_devices
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
 
-    compute = utils.in_own_thread()
+    compute = jax_devices.in_own_thread()
     try:
-        devices = utils.find_devices(config.device, config.deterministic)
+        devices = jax_devices.find_devices(config.device, config.deterministic)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     layout = utils.lay_out(rows, config.batch_size, len(devices))
@@ -212,7 +213,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         idle = ", ".join(map(str, devices[layout.devices :]))
         print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
     mesh = utils.make_mesh(devices[: layout.devices])
-    dtype = utils.compute_dtype(config.dtype, devices[0])
+    dtype = jax_devices.compute_dtype(config.dtype, devices[0])
     where = f"{layout.devices} x {devices[0].device_kind}"
     rows_each = f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
     print(f"computing in {dtype} on {where}, {rows_each}")

@@ -51,15 +51,14 @@ def main() -> int:
         print(f'error: {error}; this needs: pip install -e ".[peers]"', file=sys.stderr)
         return 2
 
-    import jax_train_utils as utils
-
-    utils.find_devices("cpu")
     import jax
 
+    import jax_devices
     from jax_cache import decoding_weights
     from jax_generate import generate
     from jax_transformer import GPTConfig, init_params, num_params
 
+    jax_devices.find_devices("cpu")
     config = GPTConfig(
         n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size,
         vocab_size=args.vocab_size, bias=True, gelu="tanh",

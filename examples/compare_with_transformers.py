@@ -76,10 +76,10 @@ def main() -> int:
         import jax
         import jax.numpy as jnp
 
-        import jax_train_utils as utils
+        import jax_devices
         from jax_transformer import GPTConfig, cross_entropy, forward
 
-        utils.find_devices("cpu")
+        jax_devices.find_devices("cpu")
         params, model = jax_weights.read_weights(weights), GPTConfig(**weights.model)
 
     T = min(config.tokens, model.block_size)

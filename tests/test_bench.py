@@ -114,7 +114,7 @@ def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(run, workdir):
 
 
 def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_user_win():
-    code = "import os, jax_train_utils as u; u.find_devices('cpu', deterministic=True); print(os.environ['XLA_FLAGS'])"
+    code = "import os, jax_devices; jax_devices.find_devices('cpu', deterministic=True); print(os.environ['XLA_FLAGS'])"
     theirs = ["--xla_force_host_platform_device_count=1", "--xla_gpu_enable_triton_gemm=true"]
     env = os.environ | {"XLA_FLAGS": " ".join(theirs)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)

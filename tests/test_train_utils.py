@@ -500,17 +500,18 @@ EIGHT_DEVICES = """
 import json
 import jax
 import numpy as np
+import jax_devices
 import jax_train_utils as utils
 from jax_transformer import GPTConfig
 
 results = {"errors": {}, "runs": {}}
 for device in ("toaster", "cuda:one", "cpu:-1", "cpu:8"):
     try:
-        utils.find_devices(device)
+        jax_devices.find_devices(device)
     except ValueError as error:
         results["errors"][device] = str(error)
-results["all"], results["one"], results["mps"] = (len(utils.find_devices(d)) for d in ("cpu", "cpu:3", "mps"))
-results["id"] = utils.find_devices("cpu:3")[0].id
+results["all"], results["one"], results["mps"] = (len(jax_devices.find_devices(d)) for d in ("cpu", "cpu:3", "mps"))
+results["id"] = jax_devices.find_devices("cpu:3")[0].id
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -608,9 +609,9 @@ def test_device_option_that_names_nothing_is_refused_and_named():
 
 def test_missing_kind_of_device_is_refused_in_one_line():
     code = """
-import jax_train_utils as utils
+import jax_devices
 try:
-    print("found", utils.find_devices("tpu"))
+    print("found", jax_devices.find_devices("tpu"))
 except ValueError as error:
     print(error)
 """

@@ -1,0 +1,128 @@
+"""The devices that JAX computes on, and what is set before it is first used: platform, XLA's flags, caches, threads."""
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jax_cpu_kernels
+import jax_host_memory
+
+# For NVIDIA's GPUs. The first keeps apart the products that `jax_transformer.attend` computes apart, the second leaves
+# products to cuBLAS: of those that XLA makes with Triton GPT-2's step takes none, and trying them out took a minute.
+GPU_FLAGS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": "false"}
+
+
+def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
+    """The devices behind `--device`: auto, cpu, cuda, gpu, tpu, mps (a CPU here), or one of several, as cuda:1.
+
+    Where several processes train together, they are those of all.
+
+    Raises ValueError if JAX has none of that kind. Must come before JAX is first used, which it also prepares:
+    `jax_host_memory.keep_freed_memory`, `keep_compiled_code`, our own code for a CPU (`jax_cpu_kernels.load`), XLA's
+    flags for a GPU, and with `deterministic` a GPU that gives the same bits every time.
+    """
+    kind, _, index = device.partition(":")
+    # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
+    platforms = {"auto": None, "cpu": "cpu", "mps": "cpu", "cuda": "cuda,cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+    if kind not in platforms or (index and not index.isdecimal()):
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda, gpu or tpu, or one of several as in cuda:1")
+    if kind == "mps":
+        print("note: JAX has no supported backend for Apple's GPU; device=mps computes on the CPU")
+    if platforms[kind] is not None:
+        jax.config.update("jax_platforms", platforms[kind])
+    # XLA reads its flags when the devices are first asked for. What the user says there goes before ours.
+    flags = GPU_FLAGS | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
+    theirs = os.environ.get("XLA_FLAGS", "")
+    ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in theirs]
+    os.environ["XLA_FLAGS"] = " ".join([theirs, *ours]).strip()
+    jax_host_memory.keep_freed_memory()
+    keep_compiled_code()
+    try:
+        devices = jax.devices()
+        missing = None
+    except (RuntimeError, AssertionError) as error:  # which of them depends on the platform that is missing
+        missing = next(iter(str(error).splitlines()), "JAX was installed without it")
+    if missing is None and kind in ("cuda", "gpu", "tpu") and devices[0].platform == "cpu":
+        missing = "JAX was installed without it, or its driver does not answer"
+    if missing is not None:
+        raise ValueError(f"device={device}: JAX finds no such device ({missing}); see JAX_README.md, Installation")
+    if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
+        print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
+    if devices[0].platform == "cpu":
+        jax_cpu_kernels.load(cache_folder)
+    if index:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"device={device} is one device, and there are {jax.process_count()} processes to share it"
+            )
+        if int(index) >= len(devices):
+            raise ValueError(f"device={device}: JAX sees {len(devices)} such devices, numbered from 0")
+        devices = [devices[int(index)]]
+    return devices
+
+
+def compute_dtype(dtype: str, device: jax.Device) -> str:
+    """What `--dtype=auto` means on a device. On a CPU bfloat16 is slower than float32, not faster."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def keep_compiled_code() -> None:
+    """Keep what XLA compiles in `cache_folder`, so that the next start compiles nothing.
+
+    JAX_COMPILATION_CACHE_DIR decides where, if it is set. Several processes may use it at once.
+    """
+    for name, value in {"min_compile_time_secs": 0.0, "min_entry_size_bytes": -1}.items():  # small ones add up
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", value)
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    except OSError as error:
+        print(f"note: no folder for compiled code, so each start compiles anew ({error})")
+
+
+def cache_folder() -> Path:
+    """The user's folder for compiled code. Raises OSError if it cannot be had.
+
+    Code for a CPU may use all its instructions: each kind of processor has a folder of its own, in case a home
+    directory is shared.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    kind = f"{platform.machine()}-{hashlib.sha256(''.join(processor).encode()).hexdigest()[:8]}"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"{error}; XDG_CACHE_HOME names another") from error
+    folder = caches / "nanogpt-jax" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def in_own_thread() -> Callable[..., Any]:
+    """compute(function, *arguments) -> what it returns: on a CPU it is computed in a thread of its own, and waited for.
+
+    Before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a result is
+    there before the temporary memory is given back, so that the next step now and then takes as much again. It does not
+    when it is told to compute in the thread that asks; and that must not be the one that sees signals.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+
+    def compute(function: Callable[..., Any], *arguments: Any) -> Any:
+        if jax.default_backend() != "cpu":
+            return function(*arguments)
+        return thread.submit(function, *arguments).result()
+
+    return compute
