@@ -125,7 +125,7 @@ def main() -> None:
 
     batch = next_batch()
     started = time.perf_counter()
-    dispatch = (train_step if at_once == 1 else several_steps).lower(state, *batch, *scalars).compile()
+    dispatch = utils.compile_ahead(train_step if at_once == 1 else several_steps, state, *batch, *scalars).result()
     compiled = time.perf_counter()
     state, metrics = compute(dispatch, state, *batch, *scalars)
     jax.block_until_ready(metrics)

@@ -33,3 +33,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: blocks below 2 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel, this once, what `keep_freed_memory` keeps. Elsewhere than with glibc, nothing."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_host_memory
 from jax_transformer import GPTConfig, Params, cross_entropy, forward, init_params
 
 # Dynamic loss scaling as in torch's GradScaler, of which nanoGPT's float16 makes use.
@@ -318,8 +319,15 @@ def compile_ahead(jitted: Any, *arguments: Any) -> Future:
     result() of what is returned waits for it and is the function to call, or raises what the compiler raised.
     On an accelerator it is done on return: there XLA tries out kernels as it compiles, and nothing may run beside them.
     """
+    lowered = jitted.lower(*arguments)
+
+    def compile_lowered() -> Any:
+        compiled = lowered.compile()
+        jax_host_memory.give_back_freed_memory()  # the compiler's, a hundred megabytes
+        return compiled
+
     thread = ThreadPoolExecutor(max_workers=1)
-    compiling = thread.submit(jitted.lower(*arguments).compile)
+    compiling = thread.submit(compile_lowered)
     thread.shutdown(wait=jax.default_backend() != "cpu")
     return compiling
 

@@ -144,6 +144,31 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["as it is"] > 200  # 320 with pages of 2 MB, 160,000 with small ones
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
+def test_memory_that_the_compiler_used_is_given_back_although_freed_memory_is_kept():
+    code = """
+import os, sys
+import numpy as np
+import jax, jax_host_memory, jax_train_utils
+jax.config.update("jax_platforms", "cpu")
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+jax_host_memory.keep_freed_memory()
+before = resident()
+last = [np.ones(5_000) for _ in range(5_000)][-1]  # 200 MB in small blocks, with one at the end still in use
+print(resident() - before)
+if sys.argv[1] == "compiled":
+    jax_train_utils.compile_ahead(jax.jit(lambda x: x + 1), last).result()
+print(resident() - before)
+"""
+    for how in ("compiled", "not compiled"):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        kept, afterwards = map(int, done.stdout.split())
+        assert kept > 190e6
+        assert (afterwards < 110e6) == (how == "compiled")
+
+
 def test_generation_is_compared_with_transformers_on_the_same_weights(tmp_path, environment):
     pytest.importorskip("transformers")
     command = [
