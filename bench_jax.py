@@ -35,10 +35,11 @@ from typing import Any
 import numpy as np
 
 import configurator
+import jax_codec
 import jax_data
 import jax_run_log
 from configurator import ConfigError
-from jax_options import MODEL_SHAPE
+from jax_options import MODEL_SHAPE, note_what_means_nothing
 from train_jax import AtLeast0, AtLeast1, TrainConfig
 
 
@@ -59,7 +60,8 @@ class BenchConfig(TrainConfig):
 
 
 def main() -> None:
-    config, _ = configurator.parse_with_sources(BenchConfig)
+    config, sources = configurator.parse_with_sources(BenchConfig)
+    note_what_means_nothing(sources)
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     data_dir, vocab_size = find_data(config)
@@ -88,7 +90,9 @@ def main() -> None:
     )
     state = utils.fresh_state(model, optimizer, config.seed, mesh)
     tokens = rows * config.block_size
-    print(f"{num_params(state.params) / 1e6:.2f}M parameters, {tokens:,} tokens a step, {dtype}, {layout}")
+    print(f"{num_params(state.params) / 1e6:.2f}M parameters, {tokens:,} tokens a step, {dtype}")
+    where = f"{layout.devices} x {devices[0].device_kind}"
+    print(f"computing on {where}, {layout.micro_batches} x {layout.rows_per_device} rows on each per step")
 
     def host_rows(step: int) -> tuple[np.ndarray, np.ndarray]:
         if data_dir is None:
@@ -127,7 +131,7 @@ def main() -> None:
     started = time.perf_counter()
     dispatch = utils.compile_ahead(train_step if at_once == 1 else several_steps, state, *batch, *scalars).result()
     compiled = time.perf_counter()
-    state, metrics = compute(dispatch, state, *batch, *scalars)
+    state, metrics = compute(dispatch, state, *batch, *scalars).result()
     jax.block_until_ready(metrics)
     first_step = time.perf_counter() - compiled
     batch, in_flight, ended, waits = next_batch(), metrics, [], []
@@ -135,15 +139,15 @@ def main() -> None:
     def run_steps(number: int) -> None:
         nonlocal state, batch, in_flight
         for _ in range(-(-number // at_once)):
-            state, metrics = compute(dispatch, state, *batch, *scalars)
+            computing = compute(dispatch, state, *batch, *scalars)
             jax.device_get(in_flight)  # host-device sync, one step behind, as in the trainer
-            in_flight = metrics
+            state, in_flight = computing.result()
             before = time.perf_counter()
             batch = next_batch()
             waits.append(time.perf_counter() - before)
             ended.append(time.perf_counter())
             if devices[0].platform == "cpu":
-                jax.block_until_ready(state)  # host-device sync, as in the trainer
+                jax.block_until_ready(in_flight)  # host-device sync, as in the trainer
 
     run_steps(config.warmup_steps)
     ended, waits = ended[-1:], []
@@ -156,6 +160,7 @@ def main() -> None:
 
     result: dict[str, Any] = {
         "config": dataclasses.asdict(config),
+        "data": "random tokens" if data_dir is None else str(data_dir),
         "machine": {
             "devices": f"{layout.devices} x {devices[0].device_kind}",
             "cores": os.cpu_count(),
@@ -201,14 +206,13 @@ def main() -> None:
 def find_data(config: BenchConfig) -> tuple[Path | None, int]:
     """The data set's folder, or None for random tokens, and the model's vocabulary size, as the trainer chooses it."""
     if not config.real_data:
-        return None, 50304
+        return None, jax_codec.model_vocab_size(jax_codec.GPT2_META)
     try:
         data_dir = jax_data.find_data_dir(config.dataset)
     except jax_data.DataError as error:
         print(f"note: random tokens, since {error}")
-        return None, 50304
-    meta = jax_data.load_meta(data_dir)
-    vocab_size = 50304 if meta is None or meta["tokenizer"] == "gpt2" else meta["vocab_size"]
+        return None, jax_codec.model_vocab_size(jax_codec.GPT2_META)
+    vocab_size = jax_codec.model_vocab_size(jax_codec.load_meta(data_dir) or jax_codec.GPT2_META)
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
     return data_dir, vocab_size
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-import jax_checkpoint
-import jax_data
+import jax_codec
+import jax_run_dir
 import jax_weights
 from configurator import ConfigError
 
@@ -58,7 +58,7 @@ def gpt2_tokenizer_files() -> dict[str, str]:
 
     Raises DataError where tiktoken has its files neither in its cache nor from the network.
     """
-    jax_data.make_codec({"tokenizer": "gpt2", "vocab_size": jax_data.GPT2_VOCAB_SIZE, "dtype": "uint16"})
+    jax_codec.make_codec({"tokenizer": "gpt2", "vocab_size": jax_codec.GPT2_VOCAB_SIZE, "dtype": "uint16"})
     import tiktoken
 
     bpe = tiktoken.get_encoding("gpt2")
@@ -121,18 +121,19 @@ def main() -> None:
         raise ConfigError(
             f"hf_dir={config.hf_dir} is not empty: choose another, or replace an earlier export by --overwrite=True"
         )
-    if jax_checkpoint.holds_run(folder):
+    if jax_run_dir.holds_run(folder):
         raise ConfigError(f"hf_dir={config.hf_dir} holds a run, whose config.json would be lost; choose another")
-    step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
+    step_dir, skipped = jax_run_dir.find_checkpoint(Path(config.out_dir), config.checkpoint)
     for line in skipped:
         print(line)
-    meta = jax_checkpoint.read_meta(step_dir)
+    meta = jax_run_dir.read_meta(step_dir)
     codec = meta["codec"]
     files = tokenizer_files(codec, meta["model"])
 
     # jax is imported only here, so that a mistake in the options is told at once
     import jax
 
+    import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, abstract_params
@@ -147,7 +148,7 @@ def main() -> None:
         params, model = trim_vocab(params, model, codec["vocab_size"])
 
     is_gpt2 = codec["tokenizer"] == "gpt2"
-    jax_weights.save_hf(params, model, folder, eos_token_id=jax_data.GPT2_VOCAB_SIZE - 1 if is_gpt2 else None)
+    jax_weights.save_hf(params, model, folder, eos_token_id=jax_codec.GPT2_VOCAB_SIZE - 1 if is_gpt2 else None)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     for name in set(OUR_FILES) - {*files, *jax_weights.HF_FILES}:  # of an earlier export, with another tokenizer
@@ -172,4 +173,4 @@ def trim_vocab(params: Any, model: Any, vocab_size: int) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError, machine_failed=(OSError,))
+    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, machine_failed=(OSError,))

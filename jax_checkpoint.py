@@ -1,15 +1,9 @@
-"""Checkpoints: save in the background, seal with a manifest, find the newest good one, restore. The only orbax user.
+"""Checkpoints: save in the background, seal with a manifest, restore. The only orbax user.
 
-    out_dir/checkpoints/<step>/{params,opt_state,meta}    the newest few; state `step` is the state after `step` updates
-    out_dir/best/<step>/{params,meta}                     the one with the lowest validation loss
-    .../<step>/MANIFEST.json                              size and sha256 of every other file; written last
-
-A step without a manifest that verifies does not exist: orbax itself restores a flipped bit without a word. Finding,
-verifying and reading `meta` need neither orbax nor jax, so that a bad command line is refused before they are imported.
+What lies where, and which checkpoint is the one to take: `jax_run_dir.py`.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -19,156 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint.options import MultiprocessingOptions
 
-SCHEMA = 3  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
-SMALL = 1 << 20  # bytes; an array with fewer is saved joined to others, see _join_small
+from jax_manifest import MANIFEST, fsync, write_manifest
+from jax_run_dir import SCHEMA, CheckpointError, SaveError, remove_step, steps_in
 
-# What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
-META_TYPES: dict[str, tuple[type | None, ...]] = {
-    "step": (int,),
-    "config": (dict,),  # every option of the run; the trainer checks each
-    "model": (dict,),
-    "codec": (dict,),  # as in a data set's meta.json; jax_data.check_meta knows it
-    "best_val_loss": (float, int, None),
-    "evaluated_at": (int, None),
-    "wandb_run_id": (str, None),
-    "bad_steps": (int,),
-    "devices": (str, None),
-}
-# GPTConfig's fields; not taken from there, since that would import jax
-MODEL_TYPES: dict[str, tuple[type | None, ...]] = {
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), (int,)),
-    "dropout": (float, int),
-    "bias": (bool,),
-    "gelu": (str,),
-    "dtype": (str,),
-}
-
-
-class CheckpointError(Exception):
-    """There is no checkpoint to use, or it does not fit. One line, for the person at the terminal."""
-
-
-class SaveError(Exception):
-    """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good."""
-
-    def __init__(self, step_dir: Path, cause: BaseException):
-        if isinstance(cause, shutil.Error):  # of copytree, for every file that failed: from, to, why
-            cause = OSError(cause.args[0][0][2])
-        said = " ".join(f"{type(cause).__name__}: {cause}".split())
-        if len(said) > 300:  # tensorstore names many paths, and the reason at the end
-            said = f"{said[:100]} ... {said[-160:]}"
-        super().__init__(f"saving checkpoint {step_dir} failed: {said}")
-        self.step = int(step_dir.name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# finding a step
-
-
-def _steps(root: Path) -> list[int]:
-    """The step folders under `root`, newest first, sealed or not."""
-    if not root.is_dir():
-        return []
-    return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
-
-
-def sealed_steps(out_dir: Path) -> list[int]:
-    """The steps of checkpoints/ that were saved to their end, newest first; whether they verify is another question."""
-    root = Path(out_dir) / "checkpoints"
-    return [step for step in _steps(root) if (root / str(step) / MANIFEST).exists()]
-
-
-def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest step that verifies, and a line for each newer one that does not."""
-    skipped: list[str] = []
-    for step in _steps(root):
-        fault = find_fault(root / str(step))
-        if fault is None:
-            return root / str(step), skipped
-        skipped.append(f"checkpoint {root / str(step)} skipped: {fault}")
-    return None, skipped
-
-
-def holds_run(out_dir: Path) -> bool:
-    """Whether there is a checkpoint that verifies, the best one included."""
-    return any(newest_good(out_dir / name)[0] is not None for name in ("checkpoints", "best"))
-
-
-def find(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
-    """The folder of the checkpoint asked for, and a line for each newer one that had to be skipped.
-
-    which: 'latest' (the newest in checkpoints/ that verifies), 'best', or a step number, which is never replaced by
-    another. Raises CheckpointError if there is none.
-    """
-    out_dir = Path(out_dir)
-    if which in ("latest", "best"):
-        root = out_dir / {"latest": "checkpoints", "best": "best"}[which]
-        step_dir, skipped = newest_good(root)
-        if step_dir is None:  # a trainer beside us may have replaced them all while they were being verified
-            step_dir, skipped = newest_good(root)
-        if step_dir is None:
-            reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
-            raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
-        return step_dir, skipped
-    if not which.isdecimal():
-        raise CheckpointError(f"checkpoint={which!r} must be latest, best or a step number")
-    candidates = [out_dir / root / str(int(which)) for root in ("checkpoints", "best")]
-    step_dir = next((path for path in candidates if path.is_dir()), None)
-    if step_dir is None:
-        there = ", ".join(map(str, sorted({s for c in candidates for s in _steps(c.parent)}))) or "none"
-        raise CheckpointError(f"no checkpoint of step {which} in {out_dir}; there are: {there}")
-    if fault := find_fault(step_dir):
-        raise CheckpointError(f"checkpoint {step_dir} does not verify: {fault}")
-    return step_dir, []
-
-
-def read_meta(step_dir: Path) -> dict[str, Any]:
-    """What was saved beside the arrays, in the form of today's schema: META_TYPES. Raises CheckpointError."""
-    path = step_dir / "meta" / "metadata"  # where orbax's JSON handler puts it
-    try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(meta, dict) or type(meta.get("schema")) is not int:
-        raise CheckpointError(f"{path} is not a checkpoint's: it has no schema number")
-    if not 1 <= meta["schema"] <= SCHEMA:
-        newer = "; a newer version of this program wrote it" if meta["schema"] > SCHEMA else ""
-        raise CheckpointError(f"{path} has schema {meta['schema']}, and this version reads 1 to {SCHEMA}{newer}")
-    meta = migrate(meta)
-    _check_types(path, meta, META_TYPES)
-    _check_types(path, meta["model"], MODEL_TYPES)
-    model = meta["model"]
-    sizes = [model[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
-    if set(model) != set(MODEL_TYPES) or min(sizes) < 1 or model["n_embd"] % model["n_head"]:
-        raise CheckpointError(f"{path} is not a checkpoint's: there is no model {json.dumps(model)[:200]}")
-    if str(meta["step"]) != step_dir.name:
-        raise CheckpointError(f"{path} is of step {meta['step']}, but its folder is {step_dir.name}")
-    return meta
-
-
-def migrate(meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` of any schema since 1 in the form of SCHEMA, one step after the other. Pure."""
-    if meta["schema"] == 1:  # before updates could be skipped, and before a change of devices was told
-        meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
-    if meta["schema"] == 2:  # before small arrays were joined, which `restore` sees for itself
-        meta = meta | {"schema": 3}
-    return meta
-
-
-def _check_types(path: Path, values: dict[str, Any], types: dict[str, tuple[type | None, ...]]) -> None:
-    for key, allowed in types.items():
-        kind = None if values.get(key) is None else type(values[key])
-        if key not in values or kind not in allowed or (kind is int and values[key] < 0):
-            shown = json.dumps(values[key])[:40] if key in values else "missing"
-            raise CheckpointError(f"{path} is not a checkpoint's: {key} is {shown}")
-
-
-def best_val_loss(out_dir: Path) -> float | None:
-    """The validation loss of what best/ holds, if anything that verifies."""
-    best_dir = newest_good(out_dir / "best")[0]
-    return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
+SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,8 +35,6 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     Restores straight into the shardings, on whatever devices. Raises CheckpointError if names, shapes or dtypes differ
     (orbax alone would cast silently), or if the step vanishes meanwhile.
     """
-    import orbax.checkpoint as ocp
-
     path = step_dir.resolve()  # orbax refuses a relative path
     args, small = {}, dict[str, Any]()
     try:
@@ -225,8 +77,6 @@ JOINED = "joined."  # and the dtype: the name of such an array
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths, like h.0.attn.c_attn.kernel, in the tree's order."""
-    import jax
-
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -240,8 +90,6 @@ def _join_small(tree: Any, copy: bool) -> tuple[dict[str, Any], dict[str, str]]:
 
     orbax takes a millisecond of processor time for an array, however small it is. copy: the large ones are copies, too.
     """
-    import numpy as np
-
     named = _named(tree)
     small = {name: array for name, array in named.items() if array.nbytes < SMALL}
     for array in (named if copy else small).values():
@@ -256,8 +104,6 @@ def _join_small(tree: Any, copy: bool) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _to_host(array: Any) -> Any:
     """A copy as numpy's. It stays as it is when the array is donated."""
-    import numpy as np
-
     # host-device sync. On a CPU numpy would look at the very memory that is going to be donated.
     on_cpu = next(iter(array.devices())).platform == "cpu"
     return np.array(array) if on_cpu else np.asarray(array)
@@ -265,8 +111,6 @@ def _to_host(array: Any) -> Any:
 
 def _joined_target(small: dict[str, str], wanted: dict[str, Any]) -> dict[str, Any]:
     """What orbax is to restore: the large arrays into their shardings, the joined ones to the host."""
-    import numpy as np
-
     sizes: dict[np.dtype, int] = {}
     for name in small:
         sizes[wanted[name].dtype] = sizes.get(wanted[name].dtype, 0) + wanted[name].size
@@ -276,8 +120,6 @@ def _joined_target(small: dict[str, str], wanted: dict[str, Any]) -> dict[str, A
 
 def _part_joined(arrays: dict[str, Any], small: dict[str, str], wanted: Any) -> Any:
     """The tree that is wanted, from its arrays by name with the small ones joined."""
-    import jax
-
     places, starts = _named(wanted), dict.fromkeys(arrays, 0)
     for name in filter(small.__contains__, places):
         place, joined = places[name], f"{JOINED}{places[name].dtype}"
@@ -289,12 +131,6 @@ def _part_joined(arrays: dict[str, Any], small: dict[str, str], wanted: Any) -> 
 
 def _checkpointer() -> Any:
     """orbax for the items of a step, in this process alone: where several train, it would have each wait for all."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint import type_handlers
-    from orbax.checkpoint.options import MultiprocessingOptions
-
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
     kinds = type_handlers.create_type_handler_registry(
@@ -354,8 +190,6 @@ class Saver:
 
         Raises SaveError if the copy fails, or if the save before failed and nobody has asked (`wait`).
         """
-        import jax
-
         self.wait()
         if not self.saves:
             return
@@ -374,8 +208,6 @@ class Saver:
             self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
 
     def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
-        import orbax.checkpoint as ocp
-
         step_dir = self.root / str(step)
         args = {
             name: ocp.args.PyTreeSave(arrays, custom_metadata={"small": small})
@@ -394,9 +226,9 @@ class Saver:
             self._remove_leftovers()  # a full disk needs the room
             raise
         # What is newer than the step just saved was found damaged: it is no reason to remove a good one.
-        older = [s for s in _steps(self.root) if s <= step]
+        older = [s for s in steps_in(self.root) if s <= step]
         for old in older[self.keep :]:
-            _remove_step(self.root / str(old))
+            remove_step(self.root / str(old))
 
     def _copy_to_best(self, step_dir: Path) -> None:
         """A second copy on disk rather than a link: what damages one leaves the other."""
@@ -408,16 +240,16 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if target.exists():
-            _remove_step(target)
+            remove_step(target)
         temporary.rename(target)
-        for old in _steps(self.best):
+        for old in steps_in(self.best):
             if old != int(step_dir.name):
-                _remove_step(self.best / str(old))
+                remove_step(self.best / str(old))
 
     def _remove_leftovers(self) -> None:
         """Remove what was not saved to its end. Only while no save is under way."""
         for root in (self.root, self.best):
-            unsealed = [root / str(step) for step in _steps(root) if not (root / str(step) / MANIFEST).exists()]
+            unsealed = [root / str(step) for step in steps_in(root) if not (root / str(step) / MANIFEST).exists()]
             for leftover in [*root.glob("*.orbax-checkpoint-tmp*"), *unsealed]:
                 shutil.rmtree(leftover, ignore_errors=True)  # it does not count: no reason to fail
 
@@ -468,17 +300,3 @@ def _all_but_late_answers(unraisable: Any, usual: Any = sys.__unraisablehook__) 
     # `usual` was looked up at the start: when Python ends, `sys` may be gone before the last of them
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         usual(unraisable)
-
-
-def _remove_step(step_dir: Path) -> None:
-    (step_dir / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed step does not exist
-    shutil.rmtree(step_dir)
-
-
-def remove_run(out_dir: Path) -> None:
-    """Remove the four things that make a run, and nothing else."""
-    for name in ("config.json", "metrics.jsonl"):
-        (out_dir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "best"):
-        if (out_dir / name).exists():
-            shutil.rmtree(out_dir / name)

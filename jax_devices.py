@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +110,21 @@ def cache_folder() -> Path:
     return folder
 
 
-def in_own_thread() -> Callable[..., Any]:
-    """compute(function, *arguments) -> what it returns: on a CPU it is computed in a thread of its own, and waited for.
+def in_own_thread() -> Callable[..., Future]:
+    """compute(function, *arguments) -> the Future of what it returns: on a CPU it is computed in a thread of its own.
 
-    Before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a result is
-    there before the temporary memory is given back, so that the next step now and then takes as much again. It does not
-    when it is told to compute in the thread that asks; and that must not be the one that sees signals.
+    Call it before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a
+    result is there before the temporary memory is given back, so that the next step now and then takes as much again.
+    It does not when it is told to compute in the thread that asks; and that must not be the one that sees signals.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
 
-    def compute(function: Callable[..., Any], *arguments: Any) -> Any:
-        if jax.default_backend() != "cpu":
-            return function(*arguments)
-        return thread.submit(function, *arguments).result()
+    def compute(function: Callable[..., Any], *arguments: Any) -> Future:
+        if jax.default_backend() == "cpu":
+            return thread.submit(function, *arguments)
+        dispatched: Future = Future()
+        dispatched.set_result(function(*arguments))  # it is computed while the caller goes on
+        return dispatched
 
     return compute

@@ -3,7 +3,7 @@
     new_ids = generate(params, config, [[464, 3290], [40]], max_new_tokens=50, top_k=200, key=jax.random.key(0))
 
 Everything per token happens on the device; the host gets a chunk of tokens at a time. Ids only, no text: see
-`jax_data.make_codec`. Dimension key: jax_transformer.py; here T is a bucket for prompts, S = block_size.
+`jax_codec.make_codec`. Dimension key: jax_transformer.py; here T is a bucket for prompts, S = block_size.
 
 All rows of a batch end in the same column, so that a new token is written at one place, and a shorter prompt begins
 further right. When the columns are used up, the window slides: positions are learned, so every token that moves gets

@@ -30,7 +30,9 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: blocks below 2 GB come from the heap
+        # M_MMAP_THRESHOLD: blocks below 2 GB come from the heap. glibc before 2.35 takes no more than 32 MB.
+        if not libc.mallopt(-3, 2**31 - 1):
+            libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
 

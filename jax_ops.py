@@ -1,7 +1,8 @@
 """The functions that a GPT is made of, as fast as XLA makes them: softmax, GELU, dropout, attention, LayerNorm, loss.
 
 Pure functions of arrays, without weights or settings. Where a gradient is written by hand, it is because the one that
-JAX derives takes more passes over memory; BENCHMARKS.md has what each gives. Dimension key: jax_transformer.py.
+JAX derives takes more passes over memory; BENCHMARKS.md and dev/LOG.md have what each gives. Dimension key:
+jax_transformer.py.
 """
 
 import math
@@ -13,16 +14,13 @@ import numpy as np
 
 
 def _in_memory(*arrays: jax.Array) -> Any:
-    """The same arrays, which on a GPU are read from its memory by what follows.
+    """The same arrays, which on a GPU are written to its memory before anything that follows reads them.
 
-    XLA would else fuse what makes them into each of their readers, or one reader into another: it then computes the
-    same numbers several times, or keeps wider ones than these.
+    XLA would else repeat what makes them in each operation that reads them.
     """
-    return jax.lax.platform_dependent(*arrays, cpu=lambda *same: same, default=_barrier)
-
-
-def _barrier(*arrays):
-    return jax.lax.optimization_barrier(arrays)
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *same: same, default=lambda *same: jax.lax.optimization_barrier(same)
+    )
 
 
 @jax.custom_vjp
@@ -149,8 +147,7 @@ def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = N
     """(x - mean) / sqrt(variance + 1e-5) * scale + bias over each row (Ba et al. 2016), in x's type.
 
     It computes in float32 at least. The gradient is written out so that it, too, is made of row means: with XLA's own,
-    an update of a small model takes a tenth longer on a CPU, and GPT-2's a twentieth on a GPU. Only x itself and two
-    numbers a row are kept for it.
+    an update of a small model takes a tenth longer on a CPU. Only x itself and two numbers a row are kept for it.
     """
     return _layer_norm_forward(x_RD, scale_D, bias_D)[0]
 
@@ -195,7 +192,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _cross_entropy(logits_BTV, targets_BT):
     """With its gradient in one pass over the logits, p minus one at the target: JAX's own, through the lookup, writes
-    float32 tensors of their shape four times, a tenth of GPT-2's step on a GPU and a third of its memory."""
+    float32 tensors of their shape four times, 3 % of GPT-2's step on a GPU and a sixth of its memory."""
     return _cross_entropy_forward(logits_BTV, targets_BT)[0]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-import jax_checkpoint
+import jax_codec
 import jax_data
+import jax_run_dir
 import jax_weights
 from configurator import ConfigError
 
@@ -39,15 +40,20 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
     out_dir = Path(config.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
-    if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_checkpoint.holds_run(out_dir):
+    if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_run_dir.holds_run(out_dir):
         raise ConfigError(
             f"{named('out_dir')} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
         )
+    note_what_means_nothing(sources)
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
+
+
+def note_what_means_nothing(sources: dict[str, str]) -> None:
+    """A line for each of nanoGPT's options that is taken and has no meaning here."""
     for key in ("compile", "backend"):
         if key in sources:
             print(f"note: {key} has no meaning here: JAX always compiles, and picks its own backend")
-    if config.decay_lr and config.min_lr > config.learning_rate:
-        print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
 
 
 def inherit_options(defaults: Any, step_dir: Path, meta: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -99,10 +105,10 @@ def open_data(
     is larger than that of the weights to start from.
     """
     data_dir = jax_data.find_data_dir(config.dataset)
-    found: dict[str, Any] | None = jax_data.load_meta(data_dir)
+    found: dict[str, Any] | None = jax_codec.load_meta(data_dir)
     if found is None:
         print(f"no meta.json in {data_dir}: its tokens are taken for GPT-2's, as nanoGPT does")
-        found = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
+        found = jax_codec.GPT2_META
     else:
         print(f"found vocab_size = {found['vocab_size']} (inside {data_dir})")
     codec: dict[str, Any] = {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
@@ -119,10 +125,9 @@ def open_data(
             )
         if config.init_from in jax_weights.HUB and codec["tokenizer"] != "gpt2":
             print(f"note: {config.init_from} knows GPT-2's tokens, and those of {data_dir} are {codec['tokenizer']}")
-    elif codec["tokenizer"] == "gpt2":
-        vocab_size = 50304
-        print("the model's vocab_size is 50304: GPT-2's 50257 rounded up for efficiency")
     else:
-        vocab_size = found["vocab_size"]
+        vocab_size = jax_codec.model_vocab_size(found)
+        if codec["tokenizer"] == "gpt2":
+            print(f"the model's vocab_size is {vocab_size}: GPT-2's 50257 rounded up for efficiency")
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
     return data_dir, codec, vocab_size

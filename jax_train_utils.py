@@ -71,17 +71,14 @@ def _adam_in_place(beta1: float, beta2: float) -> optax.GradientTransformationEx
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         mu = jax.tree.map(lambda m, g: jnp.where(finite, (1 - beta1) * g + beta1 * m, m), state.mu, grads)
         nu = jax.tree.map(lambda v, g: jnp.where(finite, (1 - beta2) * g**2 + beta2 * v, v), state.nu, grads)
-        mu, nu = jax.lax.platform_dependent(mu, nu, cpu=_apart, default=lambda *trees: trees)
+        mu, nu = jax.lax.platform_dependent(  # what comes before is not computed again after
+            mu, nu, cpu=lambda *trees: jax.lax.optimization_barrier(trees), default=lambda *trees: trees
+        )
         mu_scale, nu_scale = 1 - beta1**count, 1 - beta2**count
         directions = jax.tree.map(lambda m, v: m / mu_scale / (jnp.sqrt(v / nu_scale) + 1e-8), mu, nu)
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(optax.scale_by_adam(beta1, beta2).init, update)
-
-
-def _apart(*trees):
-    """What is computed before is not computed again after."""
-    return jax.lax.optimization_barrier(trees)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +175,7 @@ def lay_out(rows: int, batch_size: int, available_devices: int) -> Layout:
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """The devices in a row, along one axis named 'data'."""
-    # Auto: shardings are given to arrays, the compiler does the rest. Explicit would have to be told at each lookup.
+    # Auto: outside of shard_map the compiler follows the arrays' shardings. Explicit has to be told at each lookup.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

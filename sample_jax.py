@@ -30,8 +30,8 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 
 import configurator
-import jax_checkpoint
-import jax_data
+import jax_codec
+import jax_run_dir
 import jax_weights
 from configurator import Between, ConfigError
 
@@ -95,13 +95,13 @@ def stop_strings(stop: str) -> list[str]:
     return [stop] if stop else []
 
 
-def encode_prompts(codec: jax_data.Codec, prompts: Sequence[str], start: str) -> list[list[int]]:
+def encode_prompts(codec: jax_codec.Codec, prompts: Sequence[str], start: str) -> list[list[int]]:
     """The ids of each prompt. Raises ConfigError where one has none, or characters that the codec lacks."""
     encoded = []
     for prompt in prompts:
         try:
             encoded.append(codec.encode(prompt))
-        except jax_data.DataError as error:
+        except jax_codec.DataError as error:
             raise ConfigError(f"--start={start}: {error}") from None
         if not encoded[-1]:
             raise ConfigError("start is empty: give the model something to go on from, a newline for instance")
@@ -132,7 +132,7 @@ def settled(text: str, start: int, stops: Sequence[str], ended: bool) -> tuple[s
 
 
 def texts_so_far(
-    chunks: Iterator[list[list[int]]], prompts: Sequence[list[int]], codec: jax_data.Codec, stops: Sequence[str]
+    chunks: Iterator[list[list[int]]], prompts: Sequence[list[int]], codec: jax_codec.Codec, stops: Sequence[str]
 ) -> Iterator[list[str]]:
     """The text of each row, prompt included, after every chunk of new ids; ends early where all rows have stopped."""
     rows = [list(prompt) for prompt in prompts]
@@ -190,6 +190,7 @@ def load(
     """The weights on the device, and the model's configuration: of the run's checkpoint, or those that were `found`."""
     import jax
 
+    import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils
     from jax_cache import decoding_weights
@@ -217,16 +218,16 @@ def main() -> None:
     prompts = read_prompts(config)
     step_dir, meta, found, about_ids = None, {}, None, None
     if config.init_from == "resume":
-        step_dir, skipped = jax_checkpoint.find(Path(config.out_dir), config.checkpoint)
+        step_dir, skipped = jax_run_dir.find_checkpoint(Path(config.out_dir), config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="", file=sys.stderr)
-        meta = jax_checkpoint.read_meta(step_dir)
+        meta = jax_run_dir.read_meta(step_dir)
         about_ids = meta.get("codec")
     elif config.checkpoint != "latest":
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
     elif (path := jax_weights.find_weights(config.init_from)) is not None:  # a download comes last
         found = jax_weights.open_weights(path)
-        about_ids = jax_data.load_meta(path if path.is_dir() else path.parent)  # as export_jax.py leaves it there
-    codec = jax_data.make_codec(about_ids)  # None: GPT-2's
+        about_ids = jax_codec.load_meta(path if path.is_dir() else path.parent)  # as export_jax.py leaves it there
+    codec = jax_codec.make_codec(about_ids)  # None: GPT-2's
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
     if config.init_from != "resume" and found is None:
         found = jax_weights.open_weights(config.init_from)
@@ -271,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_data.DataError, jax_checkpoint.CheckpointError, jax_weights.WeightsError)
+    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError)

@@ -25,6 +25,7 @@ try:
 
     import configurator
     import jax_checkpoint
+    import jax_run_dir
     import jax_train_utils as utils
     from jax_transformer import (
         GPT2_SIZES,
@@ -214,9 +215,9 @@ def test_checkpoint_comes_back_bit_for_bit():
         saver = jax_checkpoint.Saver(Path(folder), keep=1)
         saver.save(7, state.params, state.opt_state, about, is_best=False)
         saver.close()
-        step_dir, skipped = jax_checkpoint.find(Path(folder))
+        step_dir, skipped = jax_run_dir.find_checkpoint(Path(folder))
         assert not skipped, skipped
-        assert jax_checkpoint.read_meta(step_dir)["model"] == about["model"], "the meta data did not come back"
+        assert jax_run_dir.read_meta(step_dir)["model"] == about["model"], "the meta data did not come back"
         wanted = utils.abstract_state(SMALL, OPTIMIZER, mesh)
         restored = jax_checkpoint.restore(step_dir, {"params": wanted.params, "opt_state": wanted.opt_state})
     back = utils.TrainState(**restored)

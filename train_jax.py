@@ -32,11 +32,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 import configurator
-import jax_checkpoint
 import jax_data
 import jax_lock
 import jax_options
 import jax_processes
+import jax_run_dir
 import jax_run_log
 import jax_weights
 from configurator import Between, ConfigError
@@ -161,11 +161,11 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             jax_lock.check(out_dir)
         if config.init_from == "resume":  # all there is is saved already, so that a signal can be answered with 75
             stop.listen()
-    steps_there = jax_checkpoint.sealed_steps(out_dir)
+    steps_there = jax_run_dir.sealed_steps(out_dir)
     if config.init_from == "resume":
-        step_dir, skipped = jax_checkpoint.find(out_dir, config.checkpoint)
+        step_dir, skipped = jax_run_dir.find_checkpoint(out_dir, config.checkpoint)
         print("".join(f"{line}\n" for line in skipped), end="")
-        meta = jax_checkpoint.read_meta(step_dir)
+        meta = jax_run_dir.read_meta(step_dir)
         config, sources = jax_options.inherit_options(TrainConfig(), step_dir, meta)
     if config.print_config:
         labels = dict.fromkeys(jax_options.NEVER_INHERITED, "default") | sources
@@ -194,6 +194,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
     import jax
 
+    import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils
     from jax_transformer import GPTConfig, flops_per_token, num_params
@@ -250,7 +251,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
         # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
-        losses = [progress.best_val_loss, jax_checkpoint.best_val_loss(out_dir)]
+        losses = [progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)]
         progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
 
     evaluate = make_evaluate(config, model, data_dir, mesh)
@@ -273,12 +274,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         out_dir.mkdir(parents=True, exist_ok=True)
         atexit.register(jax_lock.acquire(out_dir).release)
         stop.listen()  # from here on a signal saves, before the first step too
-        if jax_checkpoint.sealed_steps(out_dir) != steps_there:
+        if jax_run_dir.sealed_steps(out_dir) != steps_there:
             raise jax_lock.LockError(
                 f"another process wrote checkpoints to {out_dir} while this one started; try again"
             )
         if config.overwrite:
-            jax_checkpoint.remove_run(out_dir)
+            jax_run_dir.remove_run(out_dir)
         jax_run_log.replace_file(out_dir / "config.json", json.dumps(options, indent=1) + "\n")
         if config.wandb_log:
             wandb_run = jax_run_log.start_wandb(
@@ -295,12 +296,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         peak=None if peak is None else peak * layout.devices,
         wandb_run=wandb_run,
     )
-    # and with it, through a pipe, too, all that was printed before: what comes now may take long
+    # This flushes all that was printed so far, into a pipe, too: what comes now may take long.
     log.say(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
     if config.eval_only:
-        train_loss, val_loss = compute(evaluate, state.params)
+        train_loss, val_loss = compute(evaluate, state.params).result()
         log.evaluation(progress.step, train_loss, val_loss, lr_at(progress.step))
         return 0
     stop.listen()
@@ -314,11 +315,11 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         nonlocal saved_at, last_save_failed
         try:
             yield
-        except jax_checkpoint.SaveError as error:
+        except jax_run_dir.SaveError as error:
             saved_at, last_save_failed = None, True
             # so that the next evaluation better than what best/ really holds is an improvement
-            progress.best_val_loss, progress.evaluated_at = jax_checkpoint.best_val_loss(out_dir), None
-            steps = jax_checkpoint.sealed_steps(out_dir)
+            progress.best_val_loss, progress.evaluated_at = jax_run_dir.best_val_loss(out_dir), None
+            steps = jax_run_dir.sealed_steps(out_dir)
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
             jax_run_log.complain(f"error: {error}. {newest}")
 
@@ -338,7 +339,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     # training
 
     rows_ABT = utils.abstract_rows(layout, config.block_size, mesh)
-    train_step = utils.compile_ahead(  # while the model is evaluated for the first time
+    train_step = utils.compile_ahead(  # on a CPU while the model is evaluated for the first time
         utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers),
         utils.abstract_state(model, optimizer, mesh), rows_ABT, rows_ABT, np.float32(0), np.int32(0),
     )  # fmt: skip
@@ -400,7 +401,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             stopping = stop.agreed()
             if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stopping:
                 report_in_flight()
-                train_loss, val_loss = compute(evaluate, state.params)
+                train_loss, val_loss = compute(evaluate, state.params).result()
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
                 if not math.isfinite(train_loss + val_loss):
                     raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite{ADVICE}")
@@ -430,8 +431,9 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             except jax_data.DataError as error:  # what was computed before it is good, and is saved first
                 bad_data = error
                 break
-            state, metrics = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.int32(step))
+            computing = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
+            state, metrics = computing.result()
             if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
                 gc.collect()
                 gc.freeze()
@@ -439,8 +441,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             progress.step += 1
             if devices[0].platform == "cpu":
                 # host-device sync: several virtual devices would deadlock in the all-reduces of two steps under way
-                jax.block_until_ready(state)
-                report_in_flight()
+                jax.block_until_ready(metrics)
             with telling_of_a_failed_save():
                 saver.check()
         report_in_flight()
@@ -474,10 +475,10 @@ if __name__ == "__main__":
     configurator.run_script(
         functools.partial(jax_processes.together, main),
         jax_data.DataError,
-        jax_checkpoint.CheckpointError,
+        jax_run_dir.CheckpointError,
         jax_run_log.MetricsError,
         jax_weights.WeightsError,
         jax_lock.LockError,
         jax_processes.ProcessesError,
-        machine_failed=(jax_checkpoint.SaveError, OSError),
+        machine_failed=(jax_run_dir.SaveError, OSError),
     )

@@ -5,8 +5,9 @@
         --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
 
 What follows `--` goes to both trainers; each reads the config file of that name in its own folder. A machine's speed
-drifts: only figures of the same round are compared, and the median over the rounds is what counts. The time of an
-iteration is the one that each trainer prints, the first tenth of the iterations (compilation, warm-up) left out.
+drifts: only figures of the same round are compared, every other round runs in the opposite order, and the median over
+the rounds is what counts. The time of an iteration is the one that each trainer prints, the first tenth of the
+iterations (compilation, warm-up; one at least) left out.
 With --cold each run finds an empty cache of compiled code, as on its first day.
 """
 
@@ -59,14 +60,16 @@ def main() -> int:
                 "TORCHINDUCTOR_CACHE_DIR": f"{out_dir}/torch",
             }  # fmt: skip
             env = {**os.environ, **(cold if args.cold else {})}
-            result["ours"] = run(ours, ROOT, env, args.iters)
-            for form in forms:
+            for form in ["ours", *forms][:: -1 if number % 2 else 1]:
                 theirs = [python, "train.py", *common, f"--out_dir={out_dir}/{form}", f"--compile={form == 'compiled'}"]
-                result[form] = run(theirs, args.nanogpt, env, args.iters)
+                command, folder = (ours, ROOT) if form == "ours" else (theirs, args.nanogpt)
+                result[form] = run(command, folder, env, args.iters)
         rounds.append(result)
         print(
             f"round {number + 1} of {args.rounds}: "
-            + ", ".join(f"{name} {got['ms']:.1f} ms, {got['seconds']:.1f} s" for name, got in result.items()),
+            + ", ".join(
+                f"{name} {result[name]['ms']:.1f} ms, {result[name]['seconds']:.1f} s" for name in ("ours", *forms)
+            ),
             flush=True,
         )
 
@@ -100,8 +103,8 @@ def run(command: list[str], folder: Path, env: dict[str, str], iters: int) -> di
         if process.returncode:
             raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}:\n{errors.read()[-2000:]}")
         lines = re.findall(r"^iter \d+: .*time ([\d.]+)ms", printed.read(), re.MULTILINE)
-    times = [float(ms) for ms in lines][iters // 10 :]
-    memory = usage.ru_maxrss / 1e3  # kilobytes on Linux
+    times = [float(ms) for ms in lines][max(1, iters // 10) : iters]  # nanoGPT makes one iteration more
+    memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     return {"ms": statistics.median(times), "seconds": seconds, "memory_mb": memory}
 
 

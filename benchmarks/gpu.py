@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py --json=benchmarks/gpu.json --nanogpt=../nanoGPT --seconds=520
 
-A part that fails is kept with the end of what it printed, and tried again by the next call. A part is not begun when
-less than a minute is left. `--device=cpu` with `--only=NAME` tries a part out where there is no GPU.
+It needs data/shakespeare_char (its prepare.py), and nothing from the network. A part that fails is kept with the end of
+what it printed, and tried again by the next call. A part is not begun when less than a minute is left.
+`--device=cpu` with `--only=NAME` tries a part out where there is no GPU.
 """
 
 import argparse
@@ -26,7 +27,16 @@ FLAGS = {  # one at a time, at 32 rows
     "graphs of one kernel": "--xla_gpu_graph_min_graph_size=1",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
+    "cuBLAS not tried out": "--xla_gpu_autotune_level=0",
 }
+
+
+NANOGPT_BENCH = """
+import runpy, torch
+runpy.run_path("bench.py")
+print(f"peak memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
+"""
 
 
 def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str]]]:
@@ -41,6 +51,8 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
     if nanogpt is not None:
         table["nanogpt gpt2 x64"] = ("nanogpt bench", ["--batch_size=64"], {})
         table["nanogpt gpt2 x12"] = ("nanogpt bench", ["--batch_size=12"], {})
+    table["char step"] = ("bench", CHAR, {})
+    table["char step, cuBLAS not tried out"] = ("bench", CHAR, {"XLA_FLAGS": "--xla_gpu_autotune_level=0"})
     table["gpt2 x12"] = ("bench", [*GPT2, "--batch_size=12"], {})
     table["gpt2 x96"] = ("bench", [*GPT2, "--batch_size=96"], {})
     for rows in (1, 64):
@@ -52,7 +64,6 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
     table["gpt2 x32, XLA's attention"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=1e-9"], {})
     table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
     table["gpt2 x12, float32"] = ("bench", [*GPT2, "--batch_size=12", "--dtype=float32"], {})
-    table["char step"] = ("bench", CHAR, {})
     table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps_per_dispatch=10"], {})
     table["char step, layers scanned"] = ("bench", [*CHAR, "--scan_layers=True"], {})
     for name, flag in FLAGS.items():
@@ -70,10 +81,11 @@ def measure(
         command, where = [sys.executable, "bench_jax.py", *flags, f"--json={figures}"], ROOT
     elif kind == "train":
         command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
-        environment |= {"XDG_CACHE_HOME": str(folder)}  # nothing compiled before is found
+        cold = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}  # nothing compiled before is found
+        environment |= cold
     else:
         assert nanogpt is not None
-        command, where = [sys.executable, "bench.py", "--real_data=False", "--compile=True", *flags], nanogpt
+        command, where = [sys.executable, "-c", NANOGPT_BENCH, "--real_data=False", "--compile=True", *flags], nanogpt
     started = time.perf_counter()
     try:
         done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -88,9 +100,10 @@ def measure(
         losses = [float(loss) for loss in re.findall(r"^step \d+: .*val loss ([\d.]+)", done.stdout, re.MULTILINE)]
         times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.MULTILINE)]
         return {"seconds": seconds, "val_losses": losses, "best_val_loss": min(losses), "times_ms": times}
-    times = re.findall(r"time per iteration: ([\d.]+)ms", done.stdout)
+    ms = float(re.findall(r"time per iteration: ([\d.]+)ms", done.stdout)[-1])
+    memory = float(re.findall(r"^peak memory ([\d.]+) MB$", done.stdout, re.MULTILINE)[-1])
     rows = int(flags[0].partition("=")[2])
-    return {"seconds": seconds, "ms": float(times[-1]), "tokens_per_s": rows * 1024 / float(times[-1]) * 1000}
+    return {"seconds": seconds, "ms": ms, "tokens_per_s": rows * 1024 / ms * 1000, "peak_memory_mb": memory}
 
 
 def show(name: str, result: dict) -> str:
@@ -101,10 +114,12 @@ def show(name: str, result: dict) -> str:
     train = result.get("train", result)
     ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
     mfu = "" if train.get("mfu") is None else f"{train['mfu']:6.1f} % MFU"
+    mfu += f", compiled in {train['compile_s']:.1f} s" if "compile_s" in train else ""
     made = (
         f", generates {made['decode_tokens_per_s']['median']:,.0f} tok/s" if (made := result.get("generation")) else ""
     )
-    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}{made}"
+    memory = f", {train['peak_memory_mb'] / 1000:.1f} GB" if "peak_memory_mb" in train else ""
+    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}{memory}{made}"
 
 
 def main() -> int:
@@ -123,10 +138,18 @@ def main() -> int:
         print(f"error: --only={args.only} is none of: {', '.join(table)}", file=sys.stderr)
         return 2
 
+    if not (ROOT / "data" / "shakespeare_char" / "train.bin").is_file():
+        print(
+            "error: no data/shakespeare_char/train.bin: run `python data/shakespeare_char/prepare.py`", file=sys.stderr
+        )
+        return 2
+
     deadline = time.monotonic() + args.seconds
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    there = [name for name in table if "error" not in results.get(name, {"error": ""})]
+    print(f"{len(there)} of {len(table)} parts are in {args.json} already")
     for number, (name, (kind, flags, environment)) in enumerate(table.items(), 1):
-        if args.only not in (None, name) or "error" not in results.get(name, {"error": ""}):
+        if args.only not in (None, name) or name in there:
             continue
         if (left := deadline - time.monotonic()) < 60:
             print(f"out of time before part {number} of {len(table)}; call again to go on")
@@ -137,8 +160,8 @@ def main() -> int:
                 results[name] = measure(
                     kind, flags + device, environment, args.nanogpt, Path(folder), min(left - 10, 240)
                 )
-            except RuntimeError as error:
-                results[name] = {"error": str(error)}
+            except (RuntimeError, ValueError, IndexError, OSError) as error:  # it failed, or printed something else
+                results[name] = {"error": f"{type(error).__name__}: {error}"}
         args.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{number:2} of {len(table)}  {show(name, results[name])}", flush=True)
     return 0

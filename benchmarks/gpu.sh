@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every GPU figure in one call of under nine minutes, on a machine with jax (CUDA), flax, optax, orbax-checkpoint, tyro
-# and tqdm; with torch and a checkout of nanoGPT its rows too:
+# Every GPU figure, in calls of under nine minutes, on a machine with what requirements_jax.txt names (jax with CUDA) and
+# data/shakespeare_char prepared; with torch and a checkout of nanoGPT its rows too:
 #
 #     bash benchmarks/gpu.sh --nanogpt=../nanoGPT --json=benchmarks/gpu.json
 #

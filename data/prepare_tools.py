@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
-from jax_data import DataError, make_codec, write_dataset
+from jax_codec import DataError, make_codec
+from jax_data import write_dataset
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -15,7 +15,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-import jax_data
+import jax_codec
 import jax_weights
 from configurator import Between, ConfigError
 
@@ -32,7 +32,7 @@ class ExampleConfig:
 def main() -> None:
     config = configurator.parse(ExampleConfig)
     weights = jax_weights.open_weights(config.model)
-    codec = jax_data.make_codec(None)  # GPT-2's
+    codec = jax_codec.make_codec(None)  # GPT-2's
     ids = codec.encode(config.text)
     if not 1 <= len(ids) <= weights.model["block_size"]:
         raise ConfigError(f"text has {len(ids)} tokens; the model takes 1 to {weights.model['block_size']}")
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_data.DataError, jax_weights.WeightsError)
+    configurator.run_script(main, jax_codec.DataError, jax_weights.WeightsError)

@@ -3,14 +3,18 @@
 python -m pytest tests/test_bench.py
 """
 
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import jax_host_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,6 +146,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     }
     assert faults["kept"] < 50
     assert faults["as it is"] > 200  # 320 with pages of 2 MB, 160,000 with small ones
+
+
+@pytest.mark.parametrize("most, kept", [(2**31 - 1, 2**31 - 1), (2**25, 2**25)])  # glibc since 2.35, and before
+def test_an_older_glibc_keeps_the_largest_blocks_that_it_can(monkeypatch, most, kept):
+    set_to = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option != -3 or value <= most:
+            set_to[option] = value
+            return 1
+        return 0
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    jax_host_memory.keep_freed_memory()
+    assert set_to == {-3: kept, -1: 2**31 - 1, -8: 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")

@@ -23,7 +23,10 @@ from hypothesis import strategies as st
 
 import configurator
 import jax_checkpoint
-from jax_checkpoint import CheckpointError, SaveError, Saver, find, find_fault, read_meta, restore
+import jax_run_dir
+from jax_checkpoint import Saver, restore
+from jax_manifest import find_fault, write_manifest
+from jax_run_dir import CheckpointError, SaveError, find_checkpoint, read_meta
 from jax_train_utils import make_mesh, replicated
 
 
@@ -88,7 +91,7 @@ def out_dir(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_arrays_come_back_bit_for_bit_in_the_same_tree(out_dir):
-    step_dir, skipped = find(out_dir)
+    step_dir, skipped = find_checkpoint(out_dir)
     assert (step_dir.name, skipped) == ("7", [])
     wanted = {"params": abstract(tree(7)), "opt_state": abstract(optimizer_state(7))}
     restored = restore(step_dir, wanted)
@@ -98,12 +101,18 @@ def test_arrays_come_back_bit_for_bit_in_the_same_tree(out_dir):
 
 def test_parameters_can_be_restored_alone_from_latest_and_best(out_dir):
     for which, step in (("latest", 7), ("best", 3), ("3", 3)):
-        assert equal(restore(find(out_dir, which)[0], {"params": abstract(tree(step))}), {"params": tree(step)})
+        assert equal(
+            restore(find_checkpoint(out_dir, which)[0], {"params": abstract(tree(step))}), {"params": tree(step)}
+        )
 
 
 def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
-    assert read_meta(find(out_dir)[0]) == ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "best_val_loss": 3.5}
-    assert jax_checkpoint.best_val_loss(out_dir) == 1.5
+    assert read_meta(find_checkpoint(out_dir)[0]) == ABOUT | {
+        "schema": jax_run_dir.SCHEMA,
+        "step": 7,
+        "best_val_loss": 3.5,
+    }
+    assert jax_run_dir.best_val_loss(out_dir) == 1.5
 
 
 shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
@@ -148,7 +157,7 @@ def test_small_arrays_are_joined_and_named_beside_the_large_ones(tmp_path):
 def test_a_relative_directory_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_steps(Path("run"), {1: False})
-    assert equal(restore(find(Path("run"))[0], {"params": abstract(tree(1))})["params"], tree(1))
+    assert equal(restore(find_checkpoint(Path("run"))[0], {"params": abstract(tree(1))})["params"], tree(1))
 
 
 def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
@@ -157,7 +166,7 @@ def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
     saver.save(5, params, optimizer_state(5), ABOUT, is_best=False)
     params = consume(params)
     saver.close()
-    assert equal(restore(find(tmp_path)[0], {"params": abstract(tree(5))})["params"], tree(5))
+    assert equal(restore(find_checkpoint(tmp_path)[0], {"params": abstract(tree(5))})["params"], tree(5))
 
 
 def test_only_the_newest_are_kept_and_best_apart(tmp_path):
@@ -171,7 +180,7 @@ def test_a_step_saved_before_can_become_the_best(out_dir):
     saver = Saver(out_dir, 2)
     saver.copy_to_best(7)
     saver.close()
-    assert find(out_dir, "best")[0].name == "7"
+    assert find_checkpoint(out_dir, "best")[0].name == "7"
     assert [p.name for p in (out_dir / "best").iterdir()] == ["7"]
 
 
@@ -203,51 +212,51 @@ def test_any_damage_to_any_file_is_found_and_the_one_before_is_used(out_dir, dam
     for i, path in enumerate(files_of(newest)):
         original = path.read_bytes()
         damage(path, random.Random(i))
-        step_dir, skipped = find(out_dir)
+        step_dir, skipped = find_checkpoint(out_dir)
         assert step_dir.name == "3", f"{damage.__name__} of {path.relative_to(newest)} went unnoticed"
         assert len(skipped) == 1 and str(newest) in skipped[0]
         path.write_bytes(original)
-    assert find(out_dir)[0] == newest  # whole again
+    assert find_checkpoint(out_dir)[0] == newest  # whole again
 
 
 def test_a_step_without_manifest_does_not_exist(out_dir):
     (out_dir / "checkpoints/7/MANIFEST.json").unlink()
-    step_dir, skipped = find(out_dir)
+    step_dir, skipped = find_checkpoint(out_dir)
     assert step_dir.name == "3" and "never finished" in skipped[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "7", '{"files": 3, "checksum": "x"}', '{"files": {}}'])
 def test_a_malformed_manifest_is_damage_not_a_crash(out_dir, content):
     (out_dir / "checkpoints/7/MANIFEST.json").write_text(content)
-    assert find(out_dir)[0].name == "3"
+    assert find_checkpoint(out_dir)[0].name == "3"
 
 
 def test_an_explicit_step_is_never_replaced_by_another(out_dir):
     (out_dir / "checkpoints/7/meta/metadata").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoints/7 does not verify: meta/metadata is missing"):
-        find(out_dir, "7")
+        find_checkpoint(out_dir, "7")
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .*; there are: 3, 7"):
-        find(out_dir, "5")
+        find_checkpoint(out_dir, "5")
     with pytest.raises(CheckpointError, match="must be latest, best or a step number"):
-        find(out_dir, "newest")
+        find_checkpoint(out_dir, "newest")
 
 
 def test_nothing_that_verifies_is_an_error_that_says_why(out_dir, tmp_path):
     for step in (3, 7):
         (out_dir / f"checkpoints/{step}/MANIFEST.json").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint that verifies in .*7 skipped: .*3 skipped: "):
-        find(out_dir)
+        find_checkpoint(out_dir)
     shutil.rmtree(out_dir / "best")
-    assert not jax_checkpoint.holds_run(out_dir)
+    assert not jax_run_dir.holds_run(out_dir)
     with pytest.raises(CheckpointError, match="there is none; train first"):
-        find(tmp_path / "nowhere")
+        find_checkpoint(tmp_path / "nowhere")
 
 
 def test_folders_that_are_no_steps_are_ignored(out_dir):
     for name in ("notes", "8.orbax-checkpoint-tmp", "-5", "٣"):
         (out_dir / "checkpoints" / name).mkdir()
     (out_dir / "checkpoints" / "99").write_text("a file")
-    assert find(out_dir) == (out_dir / "checkpoints" / "7", [])
+    assert find_checkpoint(out_dir) == (out_dir / "checkpoints" / "7", [])
 
 
 def test_a_new_saver_removes_what_a_kill_left_and_saves_over_an_unfinished_step(out_dir):
@@ -256,21 +265,21 @@ def test_a_new_saver_removes_what_a_kill_left_and_saves_over_an_unfinished_step(
     (out_dir / "checkpoints/9/MANIFEST.json").unlink()
     save_steps(out_dir, {9: False})
     assert sorted(p.name for p in (out_dir / "checkpoints").iterdir()) == ["7", "9"]
-    assert equal(restore(find(out_dir)[0], {"params": abstract(tree(9))})["params"], tree(9))
+    assert equal(restore(find_checkpoint(out_dir)[0], {"params": abstract(tree(9))})["params"], tree(9))
 
 
 def test_a_damaged_newer_step_does_not_cost_the_good_one_just_saved(out_dir):
     flip_a_bit(files_of(out_dir / "checkpoints/7")[0], random.Random(0))
     save_steps(out_dir, {5: False}, keep=1)
-    assert find(out_dir)[0].name == "5"
+    assert find_checkpoint(out_dir)[0].name == "5"
 
 
 def test_best_is_copied_before_the_step_that_promises_it_is_sealed(tmp_path, monkeypatch):
-    sealed, write = [], jax_checkpoint.write_manifest
+    sealed = []
 
     def note_and_write(path: Path) -> None:
         sealed.append(path.parent.name)
-        write(path)
+        write_manifest(path)
 
     monkeypatch.setattr(jax_checkpoint, "write_manifest", note_and_write)
     save_steps(tmp_path, {3: True})
@@ -279,7 +288,7 @@ def test_best_is_copied_before_the_step_that_promises_it_is_sealed(tmp_path, mon
 
 def test_a_good_best_alone_is_a_run(out_dir):
     shutil.rmtree(out_dir / "checkpoints")
-    assert jax_checkpoint.holds_run(out_dir)
+    assert jax_run_dir.holds_run(out_dir)
 
 
 def test_a_step_removed_while_it_is_read_is_one_line(out_dir):
@@ -293,7 +302,7 @@ def test_a_step_removed_while_it_is_read_is_one_line(out_dir):
 
 
 def test_another_shape_dtype_or_tree_is_refused_by_name(out_dir):
-    step_dir = find(out_dir)[0]
+    step_dir = find_checkpoint(out_dir)[0]
     other_shape = tree(7) | {"wte": {"embedding": jnp.zeros((8, 4))}}
     with pytest.raises(CheckpointError, match=r"wte\.embedding: float32\[7, 4\], expected float32\[8, 4\]"):
         restore(step_dir, {"params": abstract(other_shape)})
@@ -307,7 +316,7 @@ def test_another_shape_dtype_or_tree_is_refused_by_name(out_dir):
 
 
 def test_another_schema_or_step_in_meta_is_refused(out_dir):
-    path, newer = out_dir / "checkpoints/7/meta/metadata", jax_checkpoint.SCHEMA + 1
+    path, newer = out_dir / "checkpoints/7/meta/metadata", jax_run_dir.SCHEMA + 1
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"schema": newer}))
     with pytest.raises(CheckpointError, match=f"has schema {newer}, and this version reads 1 to .*; a newer version"):
@@ -336,7 +345,7 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
     with pytest.raises(SaveError, match="No space left on device"):
         saver.wait()
     saver.close()
-    assert not jax_checkpoint.holds_run(tmp_path)
+    assert not jax_run_dir.holds_run(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,7 +354,7 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(tmp_path, 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 
-@pytest.mark.parametrize("schema", range(2, jax_checkpoint.SCHEMA + 1))
+@pytest.mark.parametrize("schema", range(2, jax_run_dir.SCHEMA + 1))
 def test_run_of_a_released_version_goes_on_with_the_losses_it_had_then(tmp_path, environment, schema):
     spec = importlib.util.spec_from_file_location("golden_run", FIXTURES / "golden_run.py")
     assert spec is not None and spec.loader is not None
@@ -375,11 +384,11 @@ def test_two_hundred_random_damages_are_all_found_and_the_step_before_is_used(ou
         path = rng.choice(files_of(newest))
         original, damage = path.read_bytes(), rng.choice([flip_a_bit, truncate, delete])
         damage(path, rng)
-        step_dir, skipped = find(out_dir)
+        step_dir, skipped = find_checkpoint(out_dir)
         assert step_dir.name == "3", f"damage {count}, {damage.__name__} of {path.name}, went unnoticed"
         assert len(skipped) == 1
         path.write_bytes(original)
-    assert find(out_dir) == (newest, [])
+    assert find_checkpoint(out_dir) == (newest, [])
 
 
 json_values = st.recursive(
@@ -392,7 +401,7 @@ json_values = st.recursive(
 def reseal(step_dir: Path, content: bytes) -> None:
     (step_dir / "meta/metadata").write_bytes(content)
     (step_dir / "MANIFEST.json").unlink()
-    jax_checkpoint.write_manifest(step_dir)
+    write_manifest(step_dir)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -403,14 +412,14 @@ def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch
     import train_jax
 
     step_dir = out_dir / "checkpoints/7"
-    good = ABOUT | {"schema": jax_checkpoint.SCHEMA, "step": 7, "config": dataclasses.asdict(train_jax.TrainConfig())}
+    good = ABOUT | {"schema": jax_run_dir.SCHEMA, "step": 7, "config": dataclasses.asdict(train_jax.TrainConfig())}
     meta: dict[str, Any] = json.loads(json.dumps(good))
     where = data.draw(st.sampled_from([None, "config", "model", "codec"]))
     inside = meta if where is None else meta[where]
     for key in data.draw(st.sets(st.sampled_from(sorted(inside)) | st.text(max_size=5), min_size=1, max_size=3)):
         inside[key] = data.draw(json_values)
     reseal(step_dir, json.dumps(meta).encode())
-    assert find(out_dir)[0] == step_dir
+    assert find_checkpoint(out_dir)[0] == step_dir
     monkeypatch.setattr(sys, "argv", ["train_jax.py", "--init_from=resume"])
     try:
         options, _ = jax_options.inherit_options(train_jax.TrainConfig(), step_dir, read_meta(step_dir))
@@ -425,16 +434,16 @@ def test_nonsense_in_meta_under_a_good_manifest_is_one_line(out_dir, monkeypatch
 def test_meta_that_is_no_object_is_one_line(out_dir, content):
     reseal(out_dir / "checkpoints/7", content)
     with pytest.raises(CheckpointError, match="meta/metadata"):
-        read_meta(find(out_dir)[0])
+        read_meta(find_checkpoint(out_dir)[0])
 
 
 def test_model_of_meta_is_gptconfig():
     from jax_transformer import GPTConfig
 
-    assert set(jax_checkpoint.MODEL_TYPES) == {field.name for field in dataclasses.fields(GPTConfig)}
-    assert all(type(field.default) in jax_checkpoint.MODEL_TYPES[field.name] for field in dataclasses.fields(GPTConfig))
+    assert set(jax_run_dir.MODEL_TYPES) == {field.name for field in dataclasses.fields(GPTConfig)}
+    assert all(type(field.default) in jax_run_dir.MODEL_TYPES[field.name] for field in dataclasses.fields(GPTConfig))
 
 
 def test_meta_of_the_trainer_has_what_read_meta_asks_for_and_nothing_else(finished):
-    meta = read_meta(find(finished)[0])
-    assert set(meta) == {*jax_checkpoint.META_TYPES, "schema"}
+    meta = read_meta(find_checkpoint(finished)[0])
+    assert set(meta) == {*jax_run_dir.META_TYPES, "schema"}

@@ -1,4 +1,4 @@
-"""Token files, batches, meta data and codecs (jax_data.py).
+"""Token files, batches, meta data and codecs (jax_data.py, jax_codec.py).
 
 python -m pytest tests/test_data.py
 """
@@ -20,8 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import jax_codec
 import jax_data
-from jax_data import DataError, check_dataset, find_data_dir, get_batch, load_meta, make_codec, prefetch, write_dataset
+from jax_codec import DataError, load_meta, make_codec
+from jax_data import check_dataset, find_data_dir, get_batch, prefetch, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TIKTOKEN_CACHE = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiktoken_cache"
@@ -518,7 +520,7 @@ def assert_meta_is_valid_or_refused(folder: Path) -> None:
         assert "\n" not in str(error)
     else:
         assert meta is not None
-        assert jax_data.check_meta(meta, "here") == meta
+        assert jax_codec.check_meta(meta, "here") == meta
 
 
 @st.composite
@@ -601,7 +603,7 @@ def test_pickle_that_asks_for_a_huge_memo_costs_nothing(tmp_path):
 # ---- codecs -------------------------------------------------------------------------------------------------
 
 
-def gpt2_codec(monkeypatch) -> jax_data.Codec:
+def gpt2_codec(monkeypatch) -> jax_codec.Codec:
     if TIKTOKEN_CACHE.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_CACHE))
     try:
@@ -669,7 +671,7 @@ def test_no_codec_decodes_ids_it_does_not_know(monkeypatch, bad):
 
 
 def test_gpt2_codec_offline_says_how_to_fill_the_cache(tmp_path):
-    code = "import jax_data\ntry: jax_data.make_codec(None)\nexcept jax_data.DataError as error: print(error)"
+    code = "import jax_codec\ntry: jax_codec.make_codec(None)\nexcept jax_codec.DataError as error: print(error)"
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import jax_checkpoint
-from jax_data import DataError, make_codec
+import jax_run_dir
+from jax_codec import DataError, make_codec
 from jax_train_utils import make_mesh, replicated
 from jax_transformer import GPTConfig, abstract_params
 from jax_weights import load_weights, save_hf
@@ -59,8 +60,8 @@ def test_export_of_a_run_loads_as_the_run_bit_for_bit(run, workdir, finished):
     assert {path.name for path in (workdir / "my-gpt2").iterdir()} == WEIGHTS | {"meta.json"}
     assert "transformers has no tokenizer of kind 'char': meta.json says what the ids mean" in done.stdout
 
-    step_dir, _ = jax_checkpoint.find(finished)
-    meta = jax_checkpoint.read_meta(step_dir)
+    step_dir, _ = jax_run_dir.find_checkpoint(finished)
+    meta = jax_run_dir.read_meta(step_dir)
     assert json.loads((workdir / "my-gpt2" / "meta.json").read_text()) == meta["codec"]
     codec = make_codec(json.loads((workdir / "my-gpt2" / "meta.json").read_text()))
     assert codec.decode(codec.encode("the cat sat")) == "the cat sat"

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import jax_checkpoint
 import jax_data
+import jax_run_dir
 from tests import torture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def metrics(out_dir: Path) -> list[dict]:
 
 
 def steps(out_dir: Path) -> list[int]:
-    return sorted(jax_checkpoint.sealed_steps(out_dir))
+    return sorted(jax_run_dir.sealed_steps(out_dir))
 
 
 def leftovers(out_dir: Path) -> list[str]:
@@ -145,7 +145,7 @@ def test_disk_that_fills_in_the_middle_of_a_save_keeps_the_step_before(run, work
     kept = steps(small_disk / "out")
     assert kept == list(range(4, kept[-1] + 4, 4)) and 1 <= len(kept) < 10
     assert leftovers(small_disk / "out") == []
-    assert jax_checkpoint.find(small_disk / "out") == (Path(small_disk / "out/checkpoints" / str(kept[-1])), [])
+    assert jax_run_dir.find_checkpoint(small_disk / "out") == (Path(small_disk / "out/checkpoints" / str(kept[-1])), [])
     for step in kept[:-1]:
         subprocess.run(["rm", "-r", str(small_disk / "out/checkpoints" / str(step))], check=True)  # make room
     run("train_jax.py", "--init_from=resume", "--out_dir=disk/out", "--keep_checkpoints=1")

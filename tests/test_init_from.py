@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_checkpoint
 import jax_data
+import jax_run_dir
 from jax_transformer import GPTConfig, abstract_params, cross_entropy, forward
 from jax_weights import load_weights, save_hf
 
@@ -81,7 +81,7 @@ def test_training_goes_on_from_the_weights_and_resumes_as_any_run(run, tune):
     done = run("train_jax.py", "tune.py")
     assert "Initializing from the weights of weights\n" in done.stdout
     assert losses(tune / "out")[0] == pytest.approx(loss_of(tune, "train", 6, 32, "random"), rel=1e-5)
-    meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "out")[0])
+    meta = jax_run_dir.read_meta(jax_run_dir.find_checkpoint(tune / "out")[0])
     assert meta["model"] == vars(MODEL) and meta["config"]["n_embd"] == 16 and meta["config"]["bias"] is True
 
     shutil.rmtree(tune / "weights")  # a checkpoint holds all it needs
@@ -96,7 +96,7 @@ def test_a_shorter_block_size_crops_and_dropout_is_the_options(run, tune):
     (_, val_loss), *_ = evaluations(done.stdout)  # without dropout, and before any update
     assert val_loss == pytest.approx(loss_of(tune, "val", 6, 12, "spread"), abs=1e-4)
     assert abs(losses(tune / "out")[0] - loss_of(tune, "train", 6, 12, "random")) > 1e-3  # with dropout
-    meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "out")[0])
+    meta = jax_run_dir.read_meta(jax_run_dir.find_checkpoint(tune / "out")[0])
     assert meta["model"]["block_size"] == 12 and meta["model"]["dropout"] == 0.4
 
 
@@ -116,7 +116,7 @@ def test_nanogpts_checkpoint_can_be_trained_on(run, tune):
     path = ROOT / "tests" / "fixtures" / "weights" / "nanogpt" / "ckpt.pt"
     done = run("train_jax.py", "tune.py", f"--init_from={path}", "--dataset=letters", "--max_iters=1")
     assert f"Initializing from the weights of {path}\n" in done.stdout
-    meta = jax_checkpoint.read_meta(jax_checkpoint.find(tune / "out")[0])
+    meta = jax_run_dir.read_meta(jax_run_dir.find_checkpoint(tune / "out")[0])
     assert meta["model"]["gelu"] == "erf" and meta["model"]["bias"] is False and meta["model"]["block_size"] == 12
 
 
@@ -144,7 +144,7 @@ def test_config_file_for_gpt2s_weights_runs_as_it_is(run, tune, name):
     if name.startswith("eval"):
         assert fingerprints(tune) == before
     else:
-        assert jax_checkpoint.holds_run(tune / "out-shakespeare")
+        assert jax_run_dir.holds_run(tune / "out-shakespeare")
 
 
 def test_print_config_says_who_decides_and_reads_no_weights(run, tune):

@@ -510,7 +510,7 @@ def test_forms_for_a_gpu_compute_the_same(monkeypatch, dtype, dropout_key):
     monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_gpu)
     ours = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
     assert jax_ops._softmax_in_passes in asked
-    assert jax_ops._barrier in asked
+    assert "optimization_barrier" in str(jax.make_jaxpr(lambda params: loss(params))(params))
     tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import export_jax
+import jax_codec
 import jax_data
 from jax_transformer import GPT2_SIZES, GPTConfig, abstract_params, cross_entropy, forward
 from jax_weights import load_weights, save_hf
@@ -141,7 +142,7 @@ def test_exported_tokenizer_encodes_as_tiktoken(tmp_path):
             GPTConfig(1, 1, 2, 8, 50257), tmp_path, eos_token_id=50256)  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    codec = jax_data.make_codec(None)
+    codec = jax_codec.make_codec(None)
     random = np.random.default_rng(0)
     strange = "".join(map(chr, [*random.integers(1, 0xD800, 3000), *random.integers(0xE000, 0x1FFFF, 3000)]))
     code = Path(export_jax.__file__).read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jax_codec
 import jax_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,8 @@ def repo(tmp_path):
     copy = tmp_path / "my repo"
     ignored = shutil.ignore_patterns("*.bin", "*.pkl", "*.json", "input.txt*", "parts", "__pycache__", "*.tmp")
     shutil.copytree(ROOT / "data", copy / "data", ignore=ignored)
-    shutil.copy(ROOT / "jax_data.py", copy)
+    for name in ("jax_data.py", "jax_codec.py"):
+        shutil.copy(ROOT / name, copy)
     (tmp_path / "no_jax").mkdir()
     (tmp_path / "no_jax" / "jax.py").write_text("raise SystemExit('preparing data imported jax')")
     return copy
@@ -143,7 +145,7 @@ def test_stdlib_char_needs_no_network_and_is_plain_ascii(repo):
     printed = dict(line.split(": ") for line in output.splitlines() if ": " in line)
     assert int(printed["files"].replace(",", "")) > 300
     assert int(printed["characters"].replace(",", "")) > 4_000_000
-    meta = jax_data.load_meta(repo / "data" / "stdlib_char")
+    meta = jax_codec.load_meta(repo / "data" / "stdlib_char")
     assert meta is not None
     assert meta["train_tokens"] + meta["val_tokens"] == int(printed["characters"].replace(",", ""))
     assert 0.03 < meta["val_tokens"] / meta["train_tokens"] < 0.3
@@ -288,7 +290,7 @@ def test_own_text_round_trips_with_every_tokenizer(repo, tmp_path, monkeypatch, 
     options = ("--input=book.txt", "--out=data/mine", f"--tokenizer={tokenizer}", "--val_fraction=0.25")
     output = prepare_well(repo, "prepare_text.py", *options, cwd=tmp_path)
     folder = tmp_path / "data" / "mine"
-    codec = jax_data.make_codec(jax_data.load_meta(folder))
+    codec = jax_codec.make_codec(jax_codec.load_meta(folder))
     cut = len(text) * 3 // 4
     for split, expected in (("train", text[:cut]), ("val", text[cut:])):
         ids = np.fromfile(folder / f"{split}.bin", np.uint16)
@@ -308,7 +310,7 @@ def test_folder_is_read_in_sorted_order_with_hidden_files_left_out(repo, tmp_pat
         prepare_well(repo, "prepare_text.py", *options, "--val_fraction=0.1")
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("TIKTOKEN_CACHE_DIR", environment(repo).get("TIKTOKEN_CACHE_DIR", ""))
-            codec = jax_data.make_codec(jax_data.load_meta(tmp_path / tokenizer))
+            codec = jax_codec.make_codec(jax_codec.load_meta(tmp_path / tokenizer))
         ids = [i for split in ("train", "val") for i in np.fromfile(tmp_path / tokenizer / f"{split}.bin", np.uint16)]
         assert codec.decode(ids) == f"[a/z.md]{separator}[b.txt]{separator}[c]"
 
@@ -317,7 +319,7 @@ def test_large_text_is_encoded_piece_by_piece_without_a_seam(repo, tmp_path):
     text = "".join(chr(97 + i * i % 23) for i in range(2**20 + 1000)) + "é" * 2**20
     (tmp_path / "large.txt").write_text(text, encoding="utf-8")
     prepare_well(repo, "prepare_text.py", f"--input={tmp_path / 'large.txt'}", f"--out={tmp_path / 'out'}")
-    itos = jax_data.load_meta(tmp_path / "out")["itos"]  # type: ignore[index]
+    itos = jax_codec.load_meta(tmp_path / "out")["itos"]  # type: ignore[index]
     ids = np.concatenate([np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16) for split in ("train", "val")])
     assert "".join(itos[i] for i in ids) == text
 
@@ -386,7 +388,7 @@ def test_openwebtext_holds_every_document_once_with_an_end_of_text_each(repo, tm
     folder, source = owt(repo), lay_shards(tmp_path / "source", 3)
     (source / "z.txt").write_text("a document of its own")
     output = prepare_well(repo, "openwebtext/prepare.py", f"--source={source}", "--num_proc=2", "--val_fraction=0.1")
-    meta = jax_data.load_meta(folder)
+    meta = jax_codec.load_meta(folder)
     assert meta is not None
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", environment(repo).get("TIKTOKEN_CACHE_DIR", ""))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import jax_checkpoint
 import jax_processes
+import jax_run_dir
 from jax_processes import Processes, ProcessesError
 from tests import torture
 
@@ -76,7 +76,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one_and_a_signal_to_either
     assert stopped and 6 <= int(stopped[1]) < 300
     assert printed[1] == ""
     assert errors == ["", "SIGTERM: stopping after this step; Ctrl-C (again) stops at once\n"]
-    assert jax_checkpoint.sealed_steps(workdir / "out") == [int(stopped[1])]
+    assert jax_run_dir.sealed_steps(workdir / "out") == [int(stopped[1])]
     assert sorted(p.name for p in (workdir / "out").iterdir()) == [
         "best",
         "checkpoints",
@@ -130,7 +130,7 @@ def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(star
     assert first.returncode != 0
     assert re.match("error: the exchange with the other processes failed: .*", errors)
     assert not (workdir / "out/lock").exists()
-    step = jax_checkpoint.sealed_steps(workdir / "out")[0]
+    step = jax_run_dir.sealed_steps(workdir / "out")[0]
     assert step >= 20
 
     goal = f"--max_iters={step + 12}"

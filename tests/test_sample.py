@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import jax_checkpoint
-import jax_data
+import jax_codec
+import jax_manifest
+import jax_run_dir
 import sample_jax
 from jax_train_utils import make_mesh, replicated
 from jax_transformer import GPTConfig, abstract_params, forward, init_params
@@ -55,8 +57,8 @@ def test_greedy_continuation_is_the_argmax_of_the_forward_pass(run, workdir, fin
     assert "the longest prompt has 27 tokens: only the last 16 fit in the model's window\n" in done.stderr
     (text,) = samples(done.stdout, "the house ran to my mat and")
 
-    step_dir, _ = jax_checkpoint.find(finished)
-    meta = jax_checkpoint.read_meta(step_dir)
+    step_dir, _ = jax_run_dir.find_checkpoint(finished)
+    meta = jax_run_dir.read_meta(step_dir)
     config = GPTConfig(**meta["model"])
     sharding = replicated(make_mesh(jax.devices()[:1]))
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params(config))
@@ -79,7 +81,7 @@ def test_padded_vocabulary_is_never_sampled(run, workdir, finished, environment)
     dropped = meta["codec"]["itos"].pop()
     meta["codec"]["vocab_size"] -= 1
     path.write_text(json.dumps(meta))
-    jax_checkpoint.write_manifest(step_dir)
+    jax_manifest.write_manifest(step_dir)
     done = run("sample_jax.py", "--out_dir=finished", "--start=a", "--temperature=5", "--top_k=None", "--num_samples=5")
     texts = samples(done.stdout.split("num_samples = 5\n")[-1], "a")
     assert len("".join(texts)) == 5 * 500 and dropped not in "".join(texts)
@@ -109,7 +111,7 @@ def test_no_new_tokens_print_the_prompt(run, finished):
 @pytest.mark.parametrize("stops", [[], ["né"], ["x", "€ "], ["aé€"], ["\U0001f600!", "\U0001f600"]])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 100])
 def test_streamed_text_is_the_whole_text_byte_for_byte(tokens, stops):
-    codec = jax_data.make_codec({"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"})
+    codec = jax_codec.make_codec({"tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16"})
     prompts = [codec.encode("né "), codec.encode("x")]
     wholes = ["aé€ \U0001f600 né\ufffd€x", "ok\U0001f600!" + "é" * 9]
     rows = [codec.encode(text) for text in wholes]

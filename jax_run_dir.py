@@ -1,0 +1,186 @@
+"""A run's directory: which checkpoints there are, which one is meant, what its `meta` says. Neither orbax nor jax.
+
+    out_dir/checkpoints/<step>/{params,opt_state,meta}    the newest few; state `step` is the state after `step` updates
+    out_dir/best/<step>/{params,meta}                     the one with the lowest validation loss
+    .../<step>/MANIFEST.json                              size and sha256 of every other file; written last
+    out_dir/config.json, metrics.jsonl                    every option of the run, every figure that it logged
+
+A step without a manifest that verifies does not exist: orbax itself restores a flipped bit without a word. All this is
+looked at before jax is imported, so that a bad command line is refused at once.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jax_manifest import MANIFEST, find_fault
+
+SCHEMA = 3  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
+
+# What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
+META_TYPES: dict[str, tuple[type | None, ...]] = {
+    "step": (int,),
+    "config": (dict,),  # every option of the run; the trainer checks each
+    "model": (dict,),
+    "codec": (dict,),  # as in a data set's meta.json; jax_codec.check_meta knows it
+    "best_val_loss": (float, int, None),
+    "evaluated_at": (int, None),
+    "wandb_run_id": (str, None),
+    "bad_steps": (int,),
+    "devices": (str, None),
+}
+# GPTConfig's fields; not taken from there, since that would import jax
+MODEL_TYPES: dict[str, tuple[type | None, ...]] = {
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), (int,)),
+    "dropout": (float, int),
+    "bias": (bool,),
+    "gelu": (str,),
+    "dtype": (str,),
+}
+
+
+class CheckpointError(Exception):
+    """There is no checkpoint to use, or it does not fit. One line, for the person at the terminal."""
+
+
+class SaveError(Exception):
+    """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good.
+
+    It is here, not in jax_checkpoint.py, for the scripts to name it before they import orbax.
+    """
+
+    def __init__(self, step_dir: Path, cause: BaseException):
+        if isinstance(cause, shutil.Error):  # of copytree, for every file that failed: from, to, why
+            cause = OSError(cause.args[0][0][2])
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        if len(said) > 300:  # tensorstore names many paths, and the reason at the end
+            said = f"{said[:100]} ... {said[-160:]}"
+        super().__init__(f"saving checkpoint {step_dir} failed: {said}")
+        self.step = int(step_dir.name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# steps
+
+
+def steps_in(root: Path) -> list[int]:
+    """The step folders under `root`, newest first, sealed or not."""
+    if not root.is_dir():
+        return []
+    return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
+
+
+def sealed_steps(out_dir: Path) -> list[int]:
+    """The steps of checkpoints/ that were saved to their end, newest first; whether they verify is another question."""
+    root = Path(out_dir) / "checkpoints"
+    return [step for step in steps_in(root) if (root / str(step) / MANIFEST).exists()]
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest step that verifies, and a line for each newer one that does not."""
+    skipped: list[str] = []
+    for step in steps_in(root):
+        fault = find_fault(root / str(step))
+        if fault is None:
+            return root / str(step), skipped
+        skipped.append(f"checkpoint {root / str(step)} skipped: {fault}")
+    return None, skipped
+
+
+def holds_run(out_dir: Path) -> bool:
+    """Whether there is a checkpoint that verifies, the best one included."""
+    return any(newest_good(out_dir / name)[0] is not None for name in ("checkpoints", "best"))
+
+
+def find_checkpoint(out_dir: Path, which: str = "latest") -> tuple[Path, list[str]]:
+    """The folder of the checkpoint asked for, and a line for each newer one that had to be skipped.
+
+    which: 'latest' (the newest in checkpoints/ that verifies), 'best', or a step number, which is never replaced by
+    another. Raises CheckpointError if there is none.
+    """
+    out_dir = Path(out_dir)
+    if which in ("latest", "best"):
+        root = out_dir / {"latest": "checkpoints", "best": "best"}[which]
+        step_dir, skipped = newest_good(root)
+        if step_dir is None:  # a trainer beside us may have replaced them all while they were being verified
+            step_dir, skipped = newest_good(root)
+        if step_dir is None:
+            reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
+            raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
+        return step_dir, skipped
+    if not which.isdecimal():
+        raise CheckpointError(f"checkpoint={which!r} must be latest, best or a step number")
+    candidates = [out_dir / root / str(int(which)) for root in ("checkpoints", "best")]
+    step_dir = next((path for path in candidates if path.is_dir()), None)
+    if step_dir is None:
+        there = ", ".join(map(str, sorted({s for c in candidates for s in steps_in(c.parent)}))) or "none"
+        raise CheckpointError(f"no checkpoint of step {which} in {out_dir}; there are: {there}")
+    if fault := find_fault(step_dir):
+        raise CheckpointError(f"checkpoint {step_dir} does not verify: {fault}")
+    return step_dir, []
+
+
+def read_meta(step_dir: Path) -> dict[str, Any]:
+    """What was saved beside the arrays, in the form of today's schema: META_TYPES. Raises CheckpointError."""
+    path = step_dir / "meta" / "metadata"  # where orbax's JSON handler puts it
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(meta, dict) or type(meta.get("schema")) is not int:
+        raise CheckpointError(f"{path} is not a checkpoint's: it has no schema number")
+    if not 1 <= meta["schema"] <= SCHEMA:
+        newer = "; a newer version of this program wrote it" if meta["schema"] > SCHEMA else ""
+        raise CheckpointError(f"{path} has schema {meta['schema']}, and this version reads 1 to {SCHEMA}{newer}")
+    meta = migrate(meta)
+    _check_types(path, meta, META_TYPES)
+    _check_types(path, meta["model"], MODEL_TYPES)
+    model = meta["model"]
+    sizes = [model[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
+    if set(model) != set(MODEL_TYPES) or min(sizes) < 1 or model["n_embd"] % model["n_head"]:
+        raise CheckpointError(f"{path} is not a checkpoint's: there is no model {json.dumps(model)[:200]}")
+    if str(meta["step"]) != step_dir.name:
+        raise CheckpointError(f"{path} is of step {meta['step']}, but its folder is {step_dir.name}")
+    return meta
+
+
+def migrate(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` of any schema since 1 in the form of SCHEMA, one step after the other. Pure."""
+    if meta["schema"] == 1:  # before updates could be skipped, and before a change of devices was told
+        meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
+    if meta["schema"] == 2:  # before small arrays were joined, which `restore` sees for itself
+        meta = meta | {"schema": 3}
+    return meta
+
+
+def _check_types(path: Path, values: dict[str, Any], types: dict[str, tuple[type | None, ...]]) -> None:
+    for key, allowed in types.items():
+        kind = None if values.get(key) is None else type(values[key])
+        if key not in values or kind not in allowed or (kind is int and values[key] < 0):
+            shown = json.dumps(values[key])[:40] if key in values else "missing"
+            raise CheckpointError(f"{path} is not a checkpoint's: {key} is {shown}")
+
+
+def best_val_loss(out_dir: Path) -> float | None:
+    """The validation loss of what best/ holds, if anything that verifies."""
+    best_dir = newest_good(out_dir / "best")[0]
+    return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# removing
+
+
+def remove_step(step_dir: Path) -> None:
+    (step_dir / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed step does not exist
+    shutil.rmtree(step_dir)
+
+
+def remove_run(out_dir: Path) -> None:
+    """Remove the four things that make a run, and nothing else."""
+    for name in ("config.json", "metrics.jsonl"):
+        (out_dir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "best"):
+        if (out_dir / name).exists():
+            shutil.rmtree(out_dir / name)
