@@ -3,11 +3,13 @@
     python benchmarks/growth.py --json=benchmarks/growth_cpu.json --plot=assets/growth_cpu.png --device=cpu
 
 One size is changed at a time, from nanoGPT's laptop recipe, or from GPT-2 (124M) with --base=gpt2. Each point is a
-process of its own (bench_jax.py). If time followed the count, the lines of the plot would lie on the dashed one.
+process of its own (bench_jax.py), and the median of --rounds of them, with all other points between two. If time
+followed the count, the lines of the plot would lie on the dashed one.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ def measure(shape: dict[str, int], device: str, vocab: list[str]) -> dict[str, f
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=list(BASES), default="laptop")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", help="a data set with the vocabulary to use; without: GPT-2's, random tokens")
     parser.add_argument("--json", type=Path, required=True, help="write the figures to this file")
@@ -59,23 +62,24 @@ def main() -> int:
     args = parser.parse_args()
     base, vocab = BASES[args.base], [f"--dataset={args.dataset}"] if args.dataset else ["--real_data=False"]
 
-    known: dict[str, dict[str, float]] = {}
+    sweeps = SWEEPS[args.base]
+    shapes = {str(shape): shape for key in sweeps for value in sweeps[key] for shape in [{**base, key: value}]}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in shapes}
+    for number in range(args.rounds):
+        for done, (name, shape) in enumerate(shapes.items(), 1):
+            runs[name].append(measure(shape, args.device, vocab))
+            print(f"{number * len(shapes) + done} of {args.rounds * len(shapes)}", end="\r", file=sys.stderr)
+
     result: dict[str, list[dict[str, float]]] = {}
-    total = sum(map(len, SWEEPS[args.base].values()))
-    for key, values in SWEEPS[args.base].items():
+    for key, values in sweeps.items():
         result[key] = []
         print(f"\n| {key} | ms | GFLOP | GFLOP/s | memory, MB |\n|---|---|---|---|---|")
         for value in values:
-            shape = {**base, key: value}
-            if str(shape) not in known:
-                known[str(shape)] = measure(shape, args.device, vocab)
-            row = {"value": value, **known[str(shape)]}
-            result[key].append(row)
+            of_runs = runs[str({**base, key: value})]
+            row = {name: statistics.median(run[name] for run in of_runs) for name in ("ms", "gflop", "memory_mb")}
+            result[key].append({"value": value, **row})
             rate = row["gflop"] / row["ms"] * 1000
-            print(
-                f"| {value} | {row['ms']:.1f} | {row['gflop']:.2f} | {rate:.0f} | {row['memory_mb']:.0f} |", flush=True
-            )
-            print(f"{sum(map(len, result.values()))} of {total}", end="\r", file=sys.stderr)
+            print(f"| {value} | {row['ms']:.1f} | {row['gflop']:.2f} | {rate:.0f} | {row['memory_mb']:.0f} |")
     args.json.write_text(json.dumps({"base": base, "sweeps": result}, indent=1) + "\n")
     if args.plot:
         plot(result, base, args.plot)
