@@ -146,8 +146,6 @@ def main() -> None:
             batch = next_batch()
             waits.append(time.perf_counter() - before)
             ended.append(time.perf_counter())
-            if devices[0].platform == "cpu":
-                jax.block_until_ready(in_flight)  # host-device sync, as in the trainer
 
     run_steps(config.warmup_steps)
     ended, waits = ended[-1:], []

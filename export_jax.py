@@ -58,7 +58,7 @@ def gpt2_tokenizer_files() -> dict[str, str]:
 
     Raises DataError where tiktoken has its files neither in its cache nor from the network.
     """
-    jax_codec.make_codec({"tokenizer": "gpt2", "vocab_size": jax_codec.GPT2_VOCAB_SIZE, "dtype": "uint16"})
+    jax_codec.make_codec(jax_codec.GPT2_META)
     import tiktoken
 
     bpe = tiktoken.get_encoding("gpt2")

@@ -22,7 +22,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from jax_manifest import MANIFEST, fsync, write_manifest
 from jax_run_dir import SCHEMA, CheckpointError, SaveError, remove_step, steps_in
 
-SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small
+SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small. GPT-2's large ones have 7 MB
 
 
 # ----------------------------------------------------------------------------------------------------------------------

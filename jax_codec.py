@@ -21,7 +21,10 @@ class DataError(ValueError):
 
 
 def load_meta(data_dir: str | Path) -> dict[str, Any] | None:
-    """What the ids mean, in meta.json's form: meta.json itself, else nanoGPT's meta.pkl, else None."""
+    """What the ids mean, in meta.json's form: meta.json itself, else nanoGPT's meta.pkl, else None.
+
+    Raises DataError if the file is damaged, or is not such a file.
+    """
     path = Path(data_dir) / "meta.json"
     if path.exists():
         try:
@@ -36,7 +39,7 @@ def load_meta(data_dir: str | Path) -> dict[str, Any] | None:
 
 
 def model_vocab_size(meta: dict[str, Any]) -> int:
-    """The vocabulary of a model that learns such data from scratch; GPT-2's is rounded up to a multiple of 128."""
+    """The vocabulary of a model that learns such data from scratch; GPT-2's is rounded up to a multiple of 64."""
     return 50304 if meta["tokenizer"] == "gpt2" else meta["vocab_size"]
 
 
@@ -111,7 +114,10 @@ class Codec:
 
 
 def make_codec(meta: dict[str, Any] | None) -> Codec:
-    """The codec of a data set's meta data; without any it is GPT-2's, as in nanoGPT."""
+    """The codec of a data set's meta data; without any it is GPT-2's, as in nanoGPT.
+
+    Raises DataError for one that is not known, or whose files cannot be had.
+    """
     tokenizer = "gpt2" if meta is None else check_meta(meta, "the codec")["tokenizer"]
     if tokenizer == "char":
         assert meta is not None

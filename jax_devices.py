@@ -113,6 +113,9 @@ def cache_folder() -> Path:
 def in_own_thread() -> Callable[..., Future]:
     """compute(function, *arguments) -> the Future of what it returns: on a CPU it is computed in a thread of its own.
 
+    On a CPU the Future is done when all of it is computed (several virtual devices would deadlock in the all-reduces of
+    two steps under way), on an accelerator at once.
+
     Call it before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a
     result is there before the temporary memory is given back, so that the next step now and then takes as much again.
     It does not when it is told to compute in the thread that asks; and that must not be the one that sees signals.
@@ -122,7 +125,7 @@ def in_own_thread() -> Callable[..., Future]:
 
     def compute(function: Callable[..., Any], *arguments: Any) -> Future:
         if jax.default_backend() == "cpu":
-            return thread.submit(function, *arguments)
+            return thread.submit(lambda: jax.block_until_ready(function(*arguments)))  # host-device sync
         dispatched: Future = Future()
         dispatched.set_result(function(*arguments))  # it is computed while the caller goes on
         return dispatched

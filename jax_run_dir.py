@@ -163,7 +163,7 @@ def _check_types(path: Path, values: dict[str, Any], types: dict[str, tuple[type
 
 
 def best_val_loss(out_dir: Path) -> float | None:
-    """The validation loss of what best/ holds, if anything that verifies."""
+    """The validation loss of what best/ holds, if anything that verifies. Raises CheckpointError as `read_meta`."""
     best_dir = newest_good(out_dir / "best")[0]
     return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
 
@@ -173,6 +173,7 @@ def best_val_loss(out_dir: Path) -> float | None:
 
 
 def remove_step(step_dir: Path) -> None:
+    """Remove a checkpoint, whatever is left of it."""
     (step_dir / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed step does not exist
     shutil.rmtree(step_dir)
 

@@ -439,9 +439,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 gc.freeze()
             in_flight = step, metrics
             progress.step += 1
-            if devices[0].platform == "cpu":
-                # host-device sync: several virtual devices would deadlock in the all-reduces of two steps under way
-                jax.block_until_ready(metrics)
             with telling_of_a_failed_save():
                 saver.check()
         report_in_flight()

@@ -30,8 +30,6 @@ FLAGS = {  # one at a time, at 32 rows
     "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
     "cuBLAS not tried out": "--xla_gpu_autotune_level=0",
 }
-
-
 NANOGPT_BENCH = """
 import runpy, torch
 runpy.run_path("bench.py")
@@ -75,14 +73,14 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
 def measure(
     kind: str, flags: list[str], environment: dict[str, str], nanogpt: Path | None, folder: Path, timeout: float
 ) -> dict:
-    """Run one part and read its figures. Raises RuntimeError with the end of its output if it fails."""
+    """Run one part and read its figures. Raises RuntimeError with the end of its output if it fails, and ValueError,
+    IndexError or OSError if it prints or writes something else."""
     figures, environment = folder / "figures.json", {**os.environ, **environment}
     if kind == "bench":
         command, where = [sys.executable, "bench_jax.py", *flags, f"--json={figures}"], ROOT
     elif kind == "train":
         command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
-        cold = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}  # nothing compiled before is found
-        environment |= cold
+        environment |= {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}  # nothing is compiled yet
     else:
         assert nanogpt is not None
         command, where = [sys.executable, "-c", NANOGPT_BENCH, "--real_data=False", "--compile=True", *flags], nanogpt
@@ -113,13 +111,14 @@ def show(name: str, result: dict) -> str:
         return f"{name:32} {result['seconds']:9.1f} s in all, best val loss {result['best_val_loss']}"
     train = result.get("train", result)
     ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
-    mfu = "" if train.get("mfu") is None else f"{train['mfu']:6.1f} % MFU"
-    mfu += f", compiled in {train['compile_s']:.1f} s" if "compile_s" in train else ""
-    made = (
-        f", generates {made['decode_tokens_per_s']['median']:,.0f} tok/s" if (made := result.get("generation")) else ""
-    )
-    memory = f", {train['peak_memory_mb'] / 1000:.1f} GB" if "peak_memory_mb" in train else ""
-    return f"{name:32} {ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s {mfu}{memory}{made}"
+    figures = [f"{ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s", f"{train['peak_memory_mb'] / 1000:.1f} GB"]
+    if train.get("mfu") is not None:
+        figures.append(f"{train['mfu']:.1f} % MFU")
+    if "compile_s" in train:
+        figures.append(f"compiled in {train['compile_s']:.1f} s")
+    if made := result.get("generation"):
+        figures.append(f"generates {made['decode_tokens_per_s']['median']:,.0f} tok/s")
+    return f"{name:32} " + ", ".join(figures)
 
 
 def main() -> int:
@@ -160,7 +159,7 @@ def main() -> int:
                 results[name] = measure(
                     kind, flags + device, environment, args.nanogpt, Path(folder), min(left - 10, 240)
                 )
-            except (RuntimeError, ValueError, IndexError, OSError) as error:  # it failed, or printed something else
+            except (RuntimeError, ValueError, IndexError, OSError) as error:
                 results[name] = {"error": f"{type(error).__name__}: {error}"}
         args.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{number:2} of {len(table)}  {show(name, results[name])}", flush=True)

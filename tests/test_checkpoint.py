@@ -1,4 +1,4 @@
-"""jax_checkpoint: what is saved comes back bit for bit, and what was damaged is never used.
+"""jax_checkpoint and jax_run_dir: what is saved comes back bit for bit, and what was damaged is never used.
 
 python -m pytest tests/test_checkpoint.py
 """
