@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +104,18 @@ def one_finished_run(tmp_path_factory: pytest.TempPathFactory, environment: dict
 def finished(workdir: Path, one_finished_run: tuple[Path, str]) -> Path:
     """A copy in `workdir` of the run of tiny.py as it is: 20 iterations, checkpoints 10 and 20."""
     return Path(shutil.copytree(one_finished_run[0], workdir / "finished"))
+
+
+@pytest.fixture
+def exact_and_quick() -> Iterator[None]:
+    """Without XLA's optimisations everything compiles in half to two thirds of the time, and what is asked there does
+    not depend on them; the self check, the trainer's tests and the comparison with nanoGPT have them on.
+
+    On a GPU float32 products are rounded to tf32 unless told otherwise, which no comparison there would survive.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_matmul_precision("highest"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)

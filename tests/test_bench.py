@@ -3,18 +3,14 @@
 python -m pytest tests/test_bench.py
 """
 
-import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-
-import jax_host_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,69 +120,6 @@ def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_us
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
     ours = ["--xla_gpu_dot_merger_threshold_mb=0", "--xla_gpu_deterministic_ops=true"]
     assert done.stdout.split() == theirs + ours, done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
-def test_freed_memory_is_kept_so_that_the_kernel_need_not_zero_it_again():
-    code = """
-import resource, sys
-import numpy as np
-import jax_host_memory
-if sys.argv[1] == "kept":
-    jax_host_memory.keep_freed_memory()
-np.ones(8_000_000)  # 64 MB: the first one has to come from the kernel
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    np.ones(8_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {
-        how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True).stdout)
-        for how in ("kept", "as it is")
-    }
-    assert faults["kept"] < 50
-    assert faults["as it is"] > 200  # 320 with pages of 2 MB, 160,000 with small ones
-
-
-@pytest.mark.parametrize("most", [2**31 - 1, 2**25])  # glibc since 2.35, and before
-def test_an_older_glibc_keeps_the_largest_blocks_that_it_can(monkeypatch, most):
-    set_to = {}
-
-    def mallopt(option: int, value: int) -> int:
-        if option != -3 or value <= most:
-            set_to[option] = value
-            return 1
-        return 0
-
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
-    jax_host_memory.keep_freed_memory()
-    assert set_to == {-3: most, -1: 2**31 - 1, -8: 1}
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
-def test_memory_that_the_compiler_used_is_given_back_although_freed_memory_is_kept():
-    code = """
-import os, sys
-import numpy as np
-import jax, jax_host_memory, jax_train_utils
-jax.config.update("jax_platforms", "cpu")
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
-jax_host_memory.keep_freed_memory()
-before = resident()
-last = [np.ones(5_000) for _ in range(5_000)][-1]  # 200 MB in small blocks, with one at the end still in use
-print(resident() - before)
-if sys.argv[1] == "compiled":
-    jax_train_utils.compile_ahead(jax.jit(lambda x: x + 1), last).result()
-print(resident() - before)
-"""
-    for how in ("compiled", "not compiled"):
-        done = subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        kept, afterwards = map(int, done.stdout.split())
-        assert kept > 190e6
-        assert (afterwards < 110e6) == (how == "compiled")
 
 
 def test_generation_is_compared_with_transformers_on_the_same_weights(tmp_path, environment):

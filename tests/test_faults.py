@@ -393,7 +393,7 @@ configurator.run_script(train_jax.main, jax_data.DataError)
 
 BROKEN_WANDB = {
     "init": "def init(**kwargs): raise ConnectionError('no route to host')",
-    "log": "fail_after = 3",  # tests/test_run_log.py has the import and the end
+    "log": "fail_after = 3",  # tests/test_wandb.py has the import and the end
 }
 FAKE_WANDB = """
 import types
