@@ -12,6 +12,7 @@
 #include <memory>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
@@ -155,7 +156,7 @@ static void for_each(XLA_FFI_CallFrame* call, int64_t count, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // attention, as it is computed without ever holding all scores (Dao et al. 2022, "FlashAttention")
 
-constexpr int64_t QUERIES = 64;  // of a head at a time: their scores stay in a core's cache
+constexpr int64_t QUERIES = 32;  // of a head at a time: their scores stay in a core's cache
 
 // What one head of one row needs to remember for a moment; each thread has its own.
 static float* scratch(int64_t floats) {
@@ -172,8 +173,8 @@ static void transpose(Rows x, float scale, int64_t T, int64_t H, Rows out) {
   }
 }
 
-// scores of query t -> weights, zeros after key t; returns the log of the sum of exp(scores)
-static float softmax(float* scores, int64_t t, int64_t keys) {
+// scores of query t -> exp(score - largest), zeros after key t; returns the largest and the sum
+static std::pair<float, float> exponentials(float* scores, int64_t t, int64_t keys) {
   std::fill(scores + t + 1, scores + keys, -std::numeric_limits<float>::infinity());
   Floats largest = load(scores);
   for (int64_t s = LANES; s < keys; s += LANES) largest = load(scores + s) > largest ? load(scores + s) : largest;
@@ -184,10 +185,8 @@ static float softmax(float* scores, int64_t t, int64_t keys) {
     store(scores + s, exp_of_negative(load(scores + s) - max));
     sums += load(scores + s);
   }
-  const float total = sum(sums);
-  for (int64_t s = 0; s < keys; s += LANES) store(scores + s, load(scores + s) * (1 / total));
   std::fill(scores + t + 1, scores + keys, 0.0f);
-  return max + std::log(total);
+  return {max, sum(sums)};
 }
 
 // Which weights are dropped: jax_transformer.dropout of all weights (G, T, S).
@@ -232,14 +231,20 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
     transpose(k, 1 / std::sqrt(float(H)), T, H, k_HS);
     for (int64_t start = 0; start < T; start += QUERIES) {
       const int64_t end = std::min(start + QUERIES, T), Q = end - start, keys = round_up(end);
+      float max[QUERIES], total[QUERIES];
       multiply({q.data + start * X, X, 1}, k_HS, scores_QS, Q, keys, H);
       for (int64_t t = start; t < end; ++t) {
         float* weights = scores_QS.data + (t - start) * W;
-        logsum[g * T + t] = softmax(weights, t, keys);
+        std::tie(max[t - start], total[t - start]) = exponentials(weights, t, keys);
         for (int64_t s = 0; s < keys && dropout.threshold > 0; s += LANES)
           store(weights + s, load(weights + s) * dropout.factors((g * T + t) * T + s));
       }
       multiply({scores_QS.data, W, 1}, v, {out.data + start * D, D}, Q, H, end);
+      for (int64_t t = start; t < end; ++t) {
+        float* y_H = out.data + t * D;
+        for (int64_t h = 0; h < H; h += LANES) store(y_H + h, load(y_H + h) * (1 / total[t - start]));
+        logsum[g * T + t] = max[t - start] + std::log(total[t - start]);
+      }
     }
   });
   return nullptr;
