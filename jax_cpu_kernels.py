@@ -4,46 +4,35 @@ XLA's products run at the speed of the processor, but for two things. Those of a
 a second core, and between them the scores go through memory several times. And where a weight meets a few rows, as in
 generation, it is read at a third of the memory's speed. BENCHMARKS.md has what this gives.
 
-`load` has the machine's C++ compiler make a library of that file, once for each kind of processor, as torch.compile
-does with its code. Where that is not possible, XLA computes the same; `loaded` says which it is. Float32 only.
-Dimension key: jax_transformer.py; here also X = 3 * D (queries, keys, values), K inputs and M outputs of a product, and
-P panels of C columns.
+jax_cpu_library.py makes the library. Where that is not possible, XLA computes the same; `loaded` says which it is.
+Float32 only. Dimension key: jax_transformer.py; here also X = 3 * D (queries, keys, values), K inputs and M outputs of
+a product, and P panels of C columns.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
-SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"]
+import jax_cpu_library
+
 FUNCTIONS = ("causal_attention", "causal_attention_gradient", "product_with_panels")
 PANEL_WIDTH = 32  # two of the widest vectors there are
 
 _library: Future[None] | None = None  # what `load` has begun
 
 
-def load(find_folder: Callable[[], Path]) -> None:
-    """Begin to make the library, or find it, in a folder that is for one kind of processor. Returns at once.
-
-    It takes a compiler one or two seconds, while Python does something else.
-    """
+def load(find_folder: Callable[[], Path] = jax_cpu_library.cache_folder) -> None:
+    """Begin to load the library, made before or now (`jax_cpu_library.begin`). Returns at once."""
     global _library
     if _library is None:
+        making = jax_cpu_library.begin(find_folder)
         thread = ThreadPoolExecutor(max_workers=1)
-        _library = thread.submit(_make_and_register, find_folder)
+        _library = thread.submit(lambda: _register(making.result()))
         thread.shutdown(wait=False)
 
 
@@ -61,21 +50,8 @@ def loaded() -> bool:
     return False
 
 
-def _make_and_register(find_folder: Callable[[], Path]) -> None:
-    """Raises OSError, in one line, where there is no compiler, or it fails, or its library cannot be used here."""
-    asked_for = os.environ.get("CXX") or "c++"
-    compiler, *options = shlex.split(asked_for)
-    if (found := shutil.which(compiler)) is None:
-        raise OSError(f"no C++ compiler {compiler}")
-    command = [found, *options, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE)]
-    compiler_stat = os.stat(found)
-    made_with = [*command, compiler_stat.st_size, compiler_stat.st_mtime, platform.libc_ver(), jaxlib.__version__]
-    name = f"cpu_kernels-{hashlib.sha256(repr([SOURCE.read_text(), made_with]).encode()).hexdigest()[:16]}.so"
-    library = find_folder() / name
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
-            _compile([*command, "-o", f"{unfinished}/{name}"])
-            Path(unfinished, name).replace(library)  # whole or not at all: other processes may be at the same
+def _register(library: Path) -> None:
+    """Raises OSError, in one line, where the library cannot be used here."""
     try:
         functions = ctypes.CDLL(str(library))
         for name in FUNCTIONS:
@@ -83,18 +59,6 @@ def _make_and_register(find_folder: Callable[[], Path]) -> None:
             jax.ffi.register_ffi_target(f"nanogpt_jax.{name}", capsule, platform="cpu")
     except (RuntimeError, ValueError, AttributeError) as error:  # XLA's, where it takes no such functions
         raise OSError(f"{library} cannot be used: {next(iter(str(error).splitlines()), error)}") from error
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=120, env=os.environ | {"LC_ALL": "C"}
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{command[0]} has not compiled {SOURCE.name} in two minutes") from error
-    if done.returncode:
-        told = [line for line in done.stderr.splitlines() if "error" in line] or ["it does not say why"]
-        raise OSError(f"{command[0]} cannot compile {SOURCE.name}: {told[0]}")
 
 
 def _call(name: str, results, *arrays: jax.Array):

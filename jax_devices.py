@@ -1,17 +1,15 @@
 """The devices that JAX computes on, and what is set before it is first used: platform, XLA's flags, caches, threads."""
 
-import hashlib
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import jax_cpu_kernels
+import jax_cpu_library
 import jax_host_memory
 
 # For NVIDIA's GPUs. The first keeps apart the products that `jax_transformer.attend` computes apart, the second leaves
@@ -56,7 +54,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     if kind == "auto" and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("warning: nvidia-smi is here, but JAX has only a CPU; for the GPU: make train JAX=cuda12 (or cuda13)")
     if devices[0].platform == "cpu":
-        jax_cpu_kernels.load(cache_folder)
+        jax_cpu_kernels.load()
     if index:
         if jax.process_count() > 1:
             raise ValueError(
@@ -76,7 +74,7 @@ def compute_dtype(dtype: str, device: jax.Device) -> str:
 
 
 def keep_compiled_code() -> None:
-    """Keep what XLA compiles in `cache_folder`, so that the next start compiles nothing.
+    """Keep what XLA compiles in `jax_cpu_library.cache_folder`, so that the next start compiles nothing.
 
     JAX_COMPILATION_CACHE_DIR decides where, if it is set. Several processes may use it at once.
     """
@@ -86,28 +84,9 @@ def keep_compiled_code() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        jax.config.update("jax_compilation_cache_dir", str(jax_cpu_library.cache_folder()))
     except OSError as error:
         print(f"note: no folder for compiled code, so each start compiles anew ({error})")
-
-
-def cache_folder() -> Path:
-    """The user's folder for compiled code. Raises OSError if it cannot be had.
-
-    Code for a CPU may use all its instructions: each kind of processor has a folder of its own, in case a home
-    directory is shared.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    kind = f"{platform.machine()}-{hashlib.sha256(''.join(processor).encode()).hexdigest()[:8]}"
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # a user without a home
-        raise OSError(f"{error}; XDG_CACHE_HOME names another") from error
-    folder = caches / "nanogpt-jax" / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def in_own_thread() -> Callable[..., Future]:

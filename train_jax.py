@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 import configurator
+import jax_cpu_library
 import jax_data
 import jax_lock
 import jax_options
@@ -191,6 +192,9 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
     # ------------------------------------------------------------------------------------------------------------------
     # devices. jax is imported only here, so that a mistake in options or data is told at once
+
+    if config.device in ("cpu", "mps"):  # the compiler has a core to itself while JAX is imported
+        jax_cpu_library.begin()
 
     import jax
 
