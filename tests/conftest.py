@@ -119,3 +119,25 @@ def exact_and_quick() -> Iterator[None]:
     with jax.default_matmul_precision("highest"):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A copy of what preparing needs, in a folder whose name has a space."""
+    copy = tmp_path / "my repo"
+    ignored = shutil.ignore_patterns("*.bin", "*.pkl", "*.json", "input.txt*", "parts", "__pycache__", "*.tmp")
+    shutil.copytree(ROOT / "data", copy / "data", ignore=ignored)
+    for name in ("jax_data.py", "jax_codec.py"):
+        shutil.copy(ROOT / name, copy)
+    (tmp_path / "no_jax").mkdir()
+    (tmp_path / "no_jax" / "jax.py").write_text("raise SystemExit('preparing data imported jax')")
+    return copy
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str, name: str = "c.py") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file

@@ -3,7 +3,6 @@
 python -m pytest tests/test_faults.py
 """
 
-import json
 import math
 import os
 import re
@@ -21,13 +20,10 @@ import pytest
 import jax_data
 import jax_run_dir
 from tests import torture
+from tests.running import metrics, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ("tiny.py", "--save_interval=5", "--keep_checkpoints=3")
-
-
-def metrics(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps(out_dir: Path) -> list[int]:
@@ -59,11 +55,6 @@ def start(workdir: Path, environment: dict[str, str]) -> Iterator:
         if process.poll() is None:
             process.kill()
             process.communicate()
-
-
-def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
-    assert process.stdout is not None
-    assert any(line.startswith(beginning) for line in process.stdout), f"no {beginning!r}, exit {process.wait()}"
 
 
 def wait_until(condition) -> None:

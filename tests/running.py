@@ -1,0 +1,30 @@
+"""What the tests of the trainer share: its files read, its lines waited for, its one line of error."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def fingerprints(folder: Path) -> dict[str, tuple]:
+    return {
+        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout is not None
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a mistake is told in."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
