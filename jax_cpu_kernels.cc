@@ -1,8 +1,8 @@
 // Attention, and products of a few rows with large weights, on a CPU. float32.
 //
-// jax_cpu_kernels.py compiles this file, calls it, and says what the functions compute and why they are here. They are
-// made of one product of matrices, `multiply`, whose sums stay in registers. Dimension key: jax_transformer.py; here
-// also X = 3 * D, and W = T rounded up to whole vectors.
+// jax_cpu_library.py compiles this file; jax_cpu_kernels.py calls it, and says what the functions compute and why they
+// are here. They are made of one product of matrices, `multiply`, whose sums stay in registers. Dimension key:
+// jax_transformer.py; here also X = 3 * D, and W = T rounded up to whole vectors.
 
 #include <algorithm>
 #include <atomic>
@@ -231,19 +231,20 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
     transpose(k, 1 / std::sqrt(float(H)), T, H, k_HS);
     for (int64_t start = 0; start < T; start += QUERIES) {
       const int64_t end = std::min(start + QUERIES, T), Q = end - start, keys = round_up(end);
-      float max[QUERIES], total[QUERIES];
+      float sums[QUERIES];
       multiply({q.data + start * X, X, 1}, k_HS, scores_QS, Q, keys, H);
       for (int64_t t = start; t < end; ++t) {
         float* weights = scores_QS.data + (t - start) * W;
-        std::tie(max[t - start], total[t - start]) = exponentials(weights, t, keys);
+        const auto [largest, sum] = exponentials(weights, t, keys);
+        logsum[g * T + t] = largest + std::log(sum);
+        sums[t - start] = sum;
         for (int64_t s = 0; s < keys && dropout.threshold > 0; s += LANES)
           store(weights + s, load(weights + s) * dropout.factors((g * T + t) * T + s));
       }
       multiply({scores_QS.data, W, 1}, v, {out.data + start * D, D}, Q, H, end);
       for (int64_t t = start; t < end; ++t) {
         float* y_H = out.data + t * D;
-        for (int64_t h = 0; h < H; h += LANES) store(y_H + h, load(y_H + h) * (1 / total[t - start]));
-        logsum[g * T + t] = max[t - start] + std::log(total[t - start]);
+        for (int64_t h = 0; h < H; h += LANES) store(y_H + h, load(y_H + h) * (1 / sums[t - start]));
       }
     }
   });

@@ -12,7 +12,7 @@ a product, and P panels of C columns.
 import ctypes
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -23,17 +23,14 @@ import jax_cpu_library
 FUNCTIONS = ("causal_attention", "causal_attention_gradient", "product_with_panels")
 PANEL_WIDTH = 32  # two of the widest vectors there are
 
-_library: Future[None] | None = None  # what `load` has begun
+_library: Future[Path] | None = None  # what `load` has begun
 
 
 def load(find_folder: Callable[[], Path] = jax_cpu_library.cache_folder) -> None:
-    """Begin to load the library, made before or now (`jax_cpu_library.begin`). Returns at once."""
+    """Have the library made, or found, unless that is so already (`jax_cpu_library.begin`). Returns at once."""
     global _library
     if _library is None:
-        making = jax_cpu_library.begin(find_folder)
-        thread = ThreadPoolExecutor(max_workers=1)
-        _library = thread.submit(lambda: _register(making.result()))
-        thread.shutdown(wait=False)
+        _library = jax_cpu_library.begin(find_folder)
 
 
 def loaded() -> bool:
@@ -41,15 +38,17 @@ def loaded() -> bool:
     global _library
     if _library is None:
         return False
-    if (error := _library.exception()) is None:
-        return True
-    if not isinstance(error, OSError):
-        raise error
-    _library = None
-    print(f"note: {error}; attention and generation take XLA's own code, which is slower (JAX_README.md, Installation)")
-    return False
+    try:
+        _register(_library.result())
+    except OSError as error:
+        _library = None
+        instead = "attention and generation take XLA's own code, which is slower (JAX_README.md, Installation)"
+        print(f"note: {error}; {instead}")
+        return False
+    return True
 
 
+@functools.cache
 def _register(library: Path) -> None:
     """Raises OSError, in one line, where the library cannot be used here."""
     try:

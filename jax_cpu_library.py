@@ -1,11 +1,11 @@
-"""The library of jax_cpu_kernels.cc: the machine's C++ compiler makes it, once for each kind of processor.
+"""The folder of compiled code, and the library of jax_cpu_kernels.cc in it, which the machine's C++ compiler makes.
 
-As torch.compile does with its code. Without JAX, so that a script can have it made while JAX is imported.
+Once for each kind of processor, as torch.compile does with its code. Without JAX, so that a script can have the library
+made while JAX is imported.
 """
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -41,11 +41,12 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def begin(find_folder: Callable[[], Path] = cache_folder) -> "Future[Path]":
+def begin(find_folder: Callable[[], Path]) -> Future[Path]:
     """Begin to make the library, or find it, in a folder that is for one kind of processor. Returns at once.
 
-    It takes a compiler a second, while Python does something else. result() of what is returned is the library, or
-    raises OSError, in one line, where there is no compiler, or it fails.
+    It takes a compiler one or two seconds, while Python does something else. result() of what is returned is the
+    library, or raises OSError, in one line, where there is no compiler, or it fails. A second call for the same folder
+    gets what the first one began. `jax_host_memory.keep_freed_memory` comes before: this starts a thread.
     """
     thread = ThreadPoolExecutor(max_workers=1)
     making = thread.submit(_make, find_folder)
@@ -55,16 +56,20 @@ def begin(find_folder: Callable[[], Path] = cache_folder) -> "Future[Path]":
 
 def _make(find_folder: Callable[[], Path]) -> Path:
     asked_for = os.environ.get("CXX") or "c++"
-    compiler, *options = shlex.split(asked_for)
+    try:
+        compiler, *options = shlex.split(asked_for)
+    except ValueError as error:  # quotes that do not close, or only blanks
+        raise OSError(f"CXX={asked_for!r} names no C++ compiler") from error
     if (found := shutil.which(compiler)) is None:
         raise OSError(f"no C++ compiler {compiler}")
     jaxlib = importlib.util.find_spec("jaxlib")
     assert jaxlib is not None and jaxlib.submodule_search_locations, "jaxlib is a package that JAX needs"
     include = Path(jaxlib.submodule_search_locations[0]) / "include"  # jax.ffi.include_dir()
     command = [found, *options, *FLAGS, f"-I{include}", str(SOURCE)]
-    compiler_stat, jaxlib_version = os.stat(found), importlib.metadata.version("jaxlib")
-    made_with = [*command, compiler_stat.st_size, compiler_stat.st_mtime, platform.libc_ver(), jaxlib_version]
-    name = f"cpu_kernels-{hashlib.sha256(repr([SOURCE.read_text(), made_with]).encode()).hexdigest()[:16]}.so"
+    compiler_stat = os.stat(found)
+    made_with = [*command, compiler_stat.st_size, compiler_stat.st_mtime, platform.libc_ver()]
+    made_of = [path.read_text() for path in (SOURCE, include / "xla" / "ffi" / "api" / "c_api.h")]
+    name = f"cpu_kernels-{hashlib.sha256(repr([made_of, made_with]).encode()).hexdigest()[:16]}.so"
     library = find_folder() / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:

@@ -20,7 +20,7 @@ def use_huge_pages() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what it is given back. Once, before the first computation; elsewhere than on Linux, nothing.
+    """Have glibc keep what it is given back. Before the first thread, if only once; elsewhere than on Linux, nothing.
 
     XLA on a CPU allocates its temporary memory anew for every step. glibc asks the kernel for a block of that size and
     returns it at once, so each step begins with the kernel filling it with zeros: a third of a small model's step.
@@ -34,7 +34,8 @@ def keep_freed_memory() -> None:
         if not libc.mallopt(-3, 2**31 - 1):
             libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; those of other threads are small.
+        # A thread that is there already has one of its own, which a later one would compute in.
 
 
 def give_back_freed_memory() -> None:

@@ -23,6 +23,7 @@ import functools
 import gc
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ import numpy as np
 import configurator
 import jax_cpu_library
 import jax_data
+import jax_host_memory
 import jax_lock
 import jax_options
 import jax_processes
@@ -193,8 +195,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     # ------------------------------------------------------------------------------------------------------------------
     # devices. jax is imported only here, so that a mistake in options or data is told at once
 
-    if config.device in ("cpu", "mps"):  # the compiler has a core to itself while JAX is imported
-        jax_cpu_library.begin()
+    kind = config.device.partition(":")[0]
+    if kind in ("cpu", "mps") or (kind == "auto" and shutil.which("nvidia-smi") is None):
+        jax_host_memory.keep_freed_memory()
+        jax_cpu_library.begin(jax_cpu_library.cache_folder)  # by a compiler that has a core to itself until JAX is here
 
     import jax
 

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a small data set, and the scripts started as a user starts them."""
+"""What tests share: a small data set, the scripts started as a user starts them, and what some need around them."""
 
 import functools
 import os
@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import jax_data
+
+pytest.register_assert_rewrite("tests.parsing", "tests.preparing", "tests.running", "tests.weight_files")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,9 +138,17 @@ def repo(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def write(tmp_path):
+def write_config(tmp_path: Path) -> Callable[..., str]:
+    """write_config('batch_size = 3'): a config file, and its path."""
+
     def write_file(text: str, name: str = "c.py") -> str:
         (tmp_path / name).write_text(text, encoding="utf-8")
         return str(tmp_path / name)
 
     return write_file
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """Hugging Face's, where it is installed."""
+    return pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ def fingerprints(folder: Path) -> dict[str, tuple]:
 
 def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
     assert process.stdout is not None
-    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+    assert any(line.startswith(beginning) for line in process.stdout), f"no {beginning!r}: {process.communicate()}"
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:

@@ -17,8 +17,8 @@ from train_jax import TrainConfig
 # ---- config files: accepted
 
 
-def test_a_config_file_may_do_what_nanogpts_do(write):
-    path = write(
+def test_a_config_file_may_do_what_nanogpts_do(write_config):
+    path = write_config(
         "# comment\n"
         "import time\n"
         "from math import pi\n"
@@ -42,34 +42,37 @@ def test_a_config_file_may_do_what_nanogpts_do(write):
     assert config.warmup_iters == 100 and type(config.warmup_iters) is int
 
 
-def test_a_later_file_reads_and_overrides_an_earlier_one(write):
-    first, second = write("batch_size = 3\nblock_size = 7", "a.py"), write("batch_size = batch_size * 2", "b.py")
+def test_a_later_file_reads_and_overrides_an_earlier_one(write_config):
+    first, second = (
+        write_config("batch_size = 3\nblock_size = 7", "a.py"),
+        write_config("batch_size = batch_size * 2", "b.py"),
+    )
     config = good(TrainConfig, [first, second])
     assert (config.batch_size, config.block_size) == (6, 7)
     assert good(TrainConfig, [second, first]).batch_size == 3
 
 
-def test_a_file_may_run_another_file(write):
-    base = write("batch_size = 3", "base.py")
+def test_a_file_may_run_another_file(write_config):
+    base = write_config("batch_size = 3", "base.py")
     config, sources = configurator.parse_with_sources(
-        TrainConfig, [write(f"exec(open({base!r}).read())\nblock_size = batch_size * 2", "b.py")], quiet=True
+        TrainConfig, [write_config(f"exec(open({base!r}).read())\nblock_size = batch_size * 2", "b.py")], quiet=True
     )
     assert (config.batch_size, config.block_size) == (3, 6)
     assert set(sources) == {"batch_size", "block_size"}
 
 
-def test_a_file_saved_with_a_byte_order_mark_is_read(write):
-    assert good(TrainConfig, [write("\ufeffbatch_size = 5")]).batch_size == 5
+def test_a_file_saved_with_a_byte_order_mark_is_read(write_config):
+    assert good(TrainConfig, [write_config("\ufeffbatch_size = 5")]).batch_size == 5
 
 
-def test_a_global_statement_in_a_function_counts(write):
-    path = write("def go():\n    global batch_size\n    batch_size = 5\ngo()")
+def test_a_global_statement_in_a_function_counts(write_config):
+    path = write_config("def go():\n    global batch_size\n    batch_size = 5\ngo()")
     assert good(TrainConfig, [path]).batch_size == 5
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_a_flag_wins_over_a_file_wherever_it_stands(write, order):
-    path = write("batch_size = 3\nblock_size = 8\nmax_iters = batch_size")
+def test_a_flag_wins_over_a_file_wherever_it_stands(write_config, order):
+    path = write_config("batch_size = 3\nblock_size = 8\nmax_iters = batch_size")
     argv = ["--batch_size=32", path] if order else [path, "--batch_size=32"]
     config, _, out, _ = run(TrainConfig, argv)
     assert (config.batch_size, config.block_size) == (32, 8)
@@ -77,8 +80,8 @@ def test_a_flag_wins_over_a_file_wherever_it_stands(write, order):
     assert ("note: " in out) == bool(order)
 
 
-def test_the_override_lines_are_nanogpts(write):
-    path = write("batch_size = 3 # why\n")
+def test_the_override_lines_are_nanogpts(write_config):
+    path = write_config("batch_size = 3 # why\n")
     _, _, out, _ = run(TrainConfig, [path, "--learning_rate=1e-3", "--out_dir='x'"])
     assert out == (
         f"Overriding config with {path}:\nbatch_size = 3 # why\n\n"
@@ -86,8 +89,8 @@ def test_the_override_lines_are_nanogpts(write):
     )
 
 
-def test_quiet_prints_nothing(write, capsys):
-    configurator.parse_with_sources(TrainConfig, [write("batch_size = 3"), "--seed=1"], quiet=True)
+def test_quiet_prints_nothing(write_config, capsys):
+    configurator.parse_with_sources(TrainConfig, [write_config("batch_size = 3"), "--seed=1"], quiet=True)
     assert capsys.readouterr() == ("", "")
 
 
@@ -139,19 +142,19 @@ def test_what_print_sources_prints_is_a_config_file(tmp_path_factory, plain):
         ("batch_size = 3\x00", [""]),
     ],
 )
-def test_a_bad_config_file_is_one_line_that_names_the_file(write, text, words):
-    path = write(text)
+def test_a_bad_config_file_is_one_line_that_names_the_file(write_config, text, words):
+    path = write_config(text)
     message = bad(TrainConfig, [path])
     assert path in message and all(word in message for word in words), message
 
 
-def test_a_file_may_clear_only_an_optional_option(write):
-    assert good(Plain, [write("top_k = None")]).top_k is None
-    assert "top_k" in bad(Plain, [write("top_k = 0")])
+def test_a_file_may_clear_only_an_optional_option(write_config):
+    assert good(Plain, [write_config("top_k = None")]).top_k is None
+    assert "top_k" in bad(Plain, [write_config("top_k = 0")])
 
 
-def test_a_missing_file_is_named_with_its_nearest_neighbour(write, tmp_path, monkeypatch):
-    neighbour = write("", "train_small.py")
+def test_a_missing_file_is_named_with_its_nearest_neighbour(write_config, tmp_path, monkeypatch):
+    neighbour = write_config("", "train_small.py")
     assert neighbour in bad(TrainConfig, [str(tmp_path / "train_smal.py")])
     monkeypatch.chdir(ROOT)
     assert "did you mean config/train_gpt2.py?" in bad(TrainConfig, ["train_gpt2"])

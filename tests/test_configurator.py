@@ -120,8 +120,8 @@ def test_an_escape_that_python_remarks_on_is_taken_silently():
         assert good(TrainConfig, ["--out_dir='\\d'"]).out_dir == "\\d"
 
 
-def test_a_bare_bool_does_not_swallow_the_config_file_after_it(write):
-    config = good(TrainConfig, ["--eval_only", write("batch_size = 3")])
+def test_a_bare_bool_does_not_swallow_the_config_file_after_it(write_config):
+    config = good(TrainConfig, ["--eval_only", write_config("batch_size = 3")])
     assert (config.eval_only, config.batch_size) == (True, 3)
 
 
@@ -268,14 +268,14 @@ def test_an_objection_of_the_dataclass_itself_is_one_line_too():
 # ---- defaults, sources, help, entry
 
 
-def test_options_start_from_the_given_default(write):
+def test_options_start_from_the_given_default(write_config):
     saved = TrainConfig(batch_size=5, block_size=6, max_iters=7)
-    config = good(TrainConfig, [write("block_size = block_size + 1"), "--max_iters=9"], default=saved)
+    config = good(TrainConfig, [write_config("block_size = block_size + 1"), "--max_iters=9"], default=saved)
     assert (config.batch_size, config.block_size, config.max_iters) == (5, 7, 9)
 
 
-def test_sources_name_what_was_given_and_nothing_else(write):
-    path = write("batch_size = 12\nblock_size = 8\nseed = 1")  # 12 is the default: given all the same
+def test_sources_name_what_was_given_and_nothing_else(write_config):
+    path = write_config("batch_size = 12\nblock_size = 8\nseed = 1")  # 12 is the default: given all the same
     argv = [path, "--seed=2", "--wandb_log", "--n_layer", "3", "--no_compile"]
     _, sources = configurator.parse_with_sources(TrainConfig, argv, quiet=True)
     assert sources == {

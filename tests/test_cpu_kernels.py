@@ -184,6 +184,7 @@ def test_without_a_compiler_the_run_is_the_same_but_for_rounding(run, workdir):
     ("env", "told"),
     [
         ({"CXX": "no-such-compiler"}, "no C++ compiler no-such-compiler"),
+        ({"CXX": "'"}, 'CXX="\'" names no C++ compiler'),
         ({"CXX": "false"}, "cannot compile jax_cpu_kernels.cc: it does not say why"),
         ({"CXX": f"{sys.executable} -c 0"}, "No such file"),  # a compiler that makes nothing
         ({"XDG_CACHE_HOME": "file"}, "Not a directory"),
@@ -194,6 +195,15 @@ def test_what_keeps_the_library_from_being_made_is_a_note(run, workdir, env, tol
     done = run("train_jax.py", "tiny.py", "--max_iters=0", *HEADS, **env)
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
     assert told in note and note.endswith("(JAX_README.md, Installation)")
+
+
+def test_a_run_compiles_the_library_once_and_the_next_one_finds_it(run, workdir):
+    (workdir / "counting").write_text('#!/bin/sh\necho called >> calls\nexec ${REAL_CXX:-c++} "$@"\n')
+    (workdir / "counting").chmod(0o755)
+    env = {"CXX": str(workdir / "counting"), "REAL_CXX": os.environ.get("CXX", "c++")}
+    for _ in range(2):
+        run("train_jax.py", "tiny.py", "--max_iters=0", "--eval_only=True", *HEADS, **env)
+        assert (workdir / "calls").read_text() == "called\n"
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(run, workdir):

@@ -1,4 +1,6 @@
-"""Which tokens may be drawn (jax_generate.py: warp): against numpy and transformers.
+"""How the next token is drawn (jax_generate.py: warp, likeliest, pick): against numpy and transformers.
+
+The latter is skipped where it is not installed: pip install -e ".[peers]"
 
 python -m pytest tests/test_drawing.py
 """
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jax_generate
@@ -76,11 +78,6 @@ def test_a_tiny_temperature_takes_the_likeliest_token_and_gives_no_nan():
             assert drawn_B.tolist() == likeliest_B.tolist()
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), SETTINGS)
 def test_masks_are_those_of_transformers(transformers, seed, choice):
@@ -100,3 +97,27 @@ def test_masks_are_those_of_transformers(transformers, seed, choice):
     for logits, ours, theirs in zip(logits_BV, ours_BV, theirs_BV.numpy(), strict=True):
         if numpy_mask(logits, *choice) is not None:
             assert (np.isfinite(ours) == np.isfinite(theirs)).all()
+
+
+def test_likeliest_is_argmax_also_of_equals_and_of_a_nan():
+    random = np.random.default_rng(0)
+    logits_BV = random.integers(0, 9, (50, 29)).astype(np.float32)  # most rows have their largest several times
+    logits_BV[0], logits_BV[1, 5:], logits_BV[2, 3] = -np.inf, -np.inf, np.inf
+    np.testing.assert_array_equal(jax_generate.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
+    assert 0 <= int(jax_generate.likeliest(jnp.full((1, 29), jnp.nan))[0]) < 29
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.1, 1.0]), min_size=1, max_size=300).filter(any), st.integers(0))
+@example([1e-7] * 200 + [0.0] * 100, 2**23 - 1)
+@example([0.0] * 100 + [1.0] + [0.0] * 100, 2**23 - 1)
+def test_a_token_of_probability_0_is_never_picked_whatever_the_random_number(probabilities, seed):
+    row_V = np.zeros(300, np.float32)  # always as many, so that it compiles once
+    row_V[: len(probabilities)] = np.array(probabilities) / sum(probabilities)
+    # jax.random.uniform gives multiples of 2^-23: the least, the largest, and any
+    uniform_B = np.array([0, 2**23 - 1, seed % 2**23], np.float32) / np.float32(2**23)
+    picked_B = jax.jit(jax_generate.pick)(jnp.tile(row_V, (3, 1)), jnp.asarray(uniform_B))
+    assert (row_V[picked_B] > 0).all()
+    sums = np.cumsum(np.float64(row_V))
+    before_B, after_B = (sums - row_V)[picked_B], sums[picked_B]
+    assert (before_B - 1e-5 <= uniform_B * sums[-1]).all() and (uniform_B * sums[-1] <= after_B + 1e-5).all()

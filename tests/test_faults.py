@@ -73,9 +73,6 @@ def limit_files(process: subprocess.Popen[str], size: int) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit: not Linux")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit: not Linux")
 def test_full_disk_costs_no_iteration_and_no_line_once_it_is_freed_and_ends_with_1_if_not(run, start, workdir):

@@ -103,3 +103,21 @@ print(resident() - before)
         kept, afterwards = map(int, done.stdout.split())
         assert kept > 190e6
         assert (afterwards < 110e6) == (how == "compiled")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_all_threads_of_a_run_share_one_heap(run, workdir, device):
+    """A thread that began before it was asked for would keep a heap of its own, in which a later one computes."""
+    (workdir / "sitecustomize.py").write_text(
+        "import atexit, ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.fopen.restype = ctypes.c_void_p\n"
+        "def tell():\n"
+        "    file = ctypes.c_void_p(libc.fopen(b'heaps.xml', b'w'))\n"
+        "    libc.malloc_info(0, file)\n"
+        "    libc.fclose(file)\n"
+        "atexit.register(tell)\n"
+    )
+    run("train_jax.py", "tiny.py", f"--device={device}", "--max_iters=3", PYTHONPATH=str(workdir), JAX_PLATFORMS="cpu")
+    assert (workdir / "heaps.xml").read_text().count("<heap nr=") == 1

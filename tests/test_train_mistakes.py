@@ -1,4 +1,4 @@
-"""A mistake: one clear line, exit code 2, nothing written.
+"""A mistake in the options, config files or data of train_jax.py: one clear line, an exit code, nothing written.
 
 python -m pytest tests/test_train_mistakes.py
 """

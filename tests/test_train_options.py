@@ -1,4 +1,5 @@
-"""What a resumed run keeps and refuses, what --overwrite removes, which checkpoints are kept.
+"""Options of the trainer, across runs, too: what a resumed run keeps and refuses, what --overwrite removes, which
+checkpoints are kept, and nanoGPT's command line as it is.
 
 python -m pytest tests/test_train_options.py
 """
