@@ -2,7 +2,7 @@
 //
 // jax_cpu_library.py compiles this file; jax_cpu_kernels.py calls it, and says what the functions compute and why they
 // are here. They are made of one product of matrices, `multiply`, whose sums stay in registers. Dimension key:
-// jax_transformer.py; here also X = 3 * D, and W = T rounded up to whole vectors.
+// jax_transformer.py; here also X = 3 * D, and Q queries.
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +12,6 @@
 #include <memory>
 #include <thread>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
@@ -34,17 +33,12 @@ typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 
 static Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
 static void store(float* x, Floats values) { *reinterpret_cast<Floats*>(x) = values; }
-static int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-static float sum(Floats x) {
-  float total = 0;
-  for (int64_t lane = 0; lane < LANES; ++lane) total += x[lane];
-  return total;
-}
-
-// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial (S. Moshier, Cephes, expf). NaN stays NaN.
+// exp(x) for x <= 0, to 2 units in the last place, 0 below -87: 2^n times a polynomial (S. Moshier, Cephes, expf). NaN
+// stays NaN.
 static Floats exp_of_negative(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;  // 2e-38 instead of 0
+  const auto vanishes = x < -87.0f;  // it would be 2e-38
+  x = vanishes ? Floats{} : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
   const Floats whole = __builtin_convertvector(n, Floats);
   const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -52,7 +46,7 @@ static Floats exp_of_negative(Floats x) {
   for (const float c : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
   y = y * r * r + r + 1.0f;
   const Ints power_of_two = (n + 127) << 23;
-  return y * reinterpret_cast<const Floats&>(power_of_two);
+  return vanishes ? Floats{} : y * reinterpret_cast<const Floats&>(power_of_two);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +150,7 @@ static void for_each(XLA_FFI_CallFrame* call, int64_t count, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // attention, as it is computed without ever holding all scores (Dao et al. 2022, "FlashAttention")
 
-constexpr int64_t QUERIES = 32;  // of a head at a time: their scores stay in a core's cache
+constexpr int64_t QUERIES = 2 * LANES;  // of a head at a time, a column each: what is summed up for one stays in a lane
 
 // What one head of one row needs to remember for a moment; each thread has its own.
 static float* scratch(int64_t floats) {
@@ -165,31 +159,16 @@ static float* scratch(int64_t floats) {
   return memory.data();
 }
 
-// x (T, H) -> scale * x (H, W), zeros from T on
-static void transpose(Rows x, float scale, int64_t T, int64_t H, Rows out) {
+// Rows [start, end) of x (T, H), times scale, as columns (H, QUERIES); zeros in those that are not there
+static void transpose(Rows x, float scale, int64_t start, int64_t end, int64_t H, Rows columns) {
   for (int64_t h = 0; h < H; ++h) {
-    for (int64_t t = 0; t < T; ++t) out.data[h * out.row + t] = scale * x.data[t * x.row + h];
-    std::fill(out.data + h * out.row + T, out.data + (h + 1) * out.row, 0.0f);
+    float* out = columns.data + h * columns.row;
+    for (int64_t t = start; t < end; ++t) out[t - start] = scale * x.data[t * x.row + h];
+    std::fill(out + (end - start), out + QUERIES, 0.0f);
   }
 }
 
-// scores of query t -> exp(score - largest), zeros after key t; returns the largest and the sum
-static std::pair<float, float> exponentials(float* scores, int64_t t, int64_t keys) {
-  std::fill(scores + t + 1, scores + keys, -std::numeric_limits<float>::infinity());
-  Floats largest = load(scores);
-  for (int64_t s = LANES; s < keys; s += LANES) largest = load(scores + s) > largest ? load(scores + s) : largest;
-  float max = largest[0];
-  for (int64_t lane = 1; lane < LANES; ++lane) max = std::max(max, largest[lane]);
-  Floats sums = {};
-  for (int64_t s = 0; s < keys; s += LANES) {
-    store(scores + s, exp_of_negative(load(scores + s) - max));
-    sums += load(scores + s);
-  }
-  std::fill(scores + t + 1, scores + keys, 0.0f);
-  return {max, sum(sums)};
-}
-
-// Which weights are dropped: jax_transformer.dropout of all weights (G, T, S).
+// Which weights are dropped: jax_ops.dropout of all weights (G, T, S).
 struct Dropout {
   uint32_t seeds[2], threshold;  // dropped where the hash of the index is below: rate * 2^32
 
@@ -204,15 +183,20 @@ struct Dropout {
     return x ^ (x >> 16);
   }
 
-  // For LANES weights from this index on: 0, or 1 / (1 - rate).
-  Floats factors(uint32_t index) const {
+  // For LANES weights, those of queries one after the other, which lie `T` apart: 0, or 1 / (1 - rate).
+  Floats factors(uint32_t index, uint32_t T) const {
     if (threshold == 0) return Floats{} + 1.0f;
     Bits x = {};
-    for (int64_t lane = 0; lane < LANES; ++lane) x[lane] = index + lane;
+    for (int64_t lane = 0; lane < LANES; ++lane) x[lane] = index + lane * T;
     const Floats scale = Floats{} + static_cast<float>(1 / (1 - threshold / 4294967296.0));
     return hash(hash(x ^ seeds[0]) ^ seeds[1]) >= threshold ? scale : Floats{};
   }
 };
+
+// Key s is hidden from the queries before it, of those from `start` on.
+static void hide(float* scores, int64_t s, int64_t start) {
+  std::fill(scores, scores + std::clamp(s - start, int64_t{0}, QUERIES), -std::numeric_limits<float>::infinity());
+}
 
 // qkv_RX, dropout_3 -> y_RD, logsum_GT
 extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
@@ -221,27 +205,35 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
   const Dropout dropout(call->args.args[1]);
   const int64_t R = size(call->rets.rets[0], 0), D = size(call->rets.rets[0], 1);
   const int64_t G = size(call->rets.rets[1], 0), T = size(call->rets.rets[1], 1);
-  const int64_t N = G * T / R, H = D / N, X = 3 * D, W = round_up(T);
+  const int64_t N = G * T / R, H = D / N, X = 3 * D;
 
   for_each(call, G, [=](int64_t g) {
     const Rows q = {qkv + g / N * T * X + g % N * H, X}, k = {q.data + D, X}, v = {k.data + D, X};
     const Rows out = {y + g / N * T * D + g % N * H, D};
-    float* memory = scratch((H + QUERIES) * W);
-    const Rows k_HS = {memory, W}, scores_QS = {memory + H * W, W};
-    transpose(k, 1 / std::sqrt(float(H)), T, H, k_HS);
+    const Rows q_HQ = {scratch((H + T) * QUERIES), QUERIES}, scores_SQ = {q_HQ.data + H * QUERIES, QUERIES};
     for (int64_t start = 0; start < T; start += QUERIES) {
-      const int64_t end = std::min(start + QUERIES, T), Q = end - start, keys = round_up(end);
+      const int64_t end = std::min(start + QUERIES, T), Q = end - start;
+      transpose(q, 1 / std::sqrt(float(H)), start, end, H, q_HQ);
+      multiply({k.data, X, 1}, q_HQ, scores_SQ, end, QUERIES, H);
+      for (int64_t s = start; s < end; ++s) hide(scores_SQ.data + s * QUERIES, s, start);
       float sums[QUERIES];
-      multiply({q.data + start * X, X, 1}, k_HS, scores_QS, Q, keys, H);
-      for (int64_t t = start; t < end; ++t) {
-        float* weights = scores_QS.data + (t - start) * W;
-        const auto [largest, sum] = exponentials(weights, t, keys);
-        logsum[g * T + t] = largest + std::log(sum);
-        sums[t - start] = sum;
-        for (int64_t s = 0; s < keys && dropout.threshold > 0; s += LANES)
-          store(weights + s, load(weights + s) * dropout.factors((g * T + t) * T + s));
+      for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
+        float* scores = scores_SQ.data + lanes;
+        Floats largest = load(scores), sum = {};
+        for (int64_t s = 1; s < end; ++s) {
+          const Floats score = load(scores + s * QUERIES);
+          largest = score > largest ? score : largest;
+        }
+        for (int64_t s = 0; s < end; ++s) {
+          const Floats weight = exp_of_negative(load(scores + s * QUERIES) - largest);
+          sum += weight;
+          store(scores + s * QUERIES, weight * dropout.factors((g * T + start + lanes) * T + s, T));
+        }
+        store(sums + lanes, sum);
+        for (int64_t lane = 0; lane < std::min(LANES, Q - lanes); ++lane)
+          logsum[g * T + start + lanes + lane] = largest[lane] + std::log(sum[lane]);
       }
-      multiply({scores_QS.data, W, 1}, v, {out.data + start * D, D}, Q, H, end);
+      multiply({scores_SQ.data, 1, QUERIES}, v, {out.data + start * D, D}, Q, H, end);
       for (int64_t t = start; t < end; ++t) {
         float* y_H = out.data + t * D;
         for (int64_t h = 0; h < H; h += LANES) store(y_H + h, load(y_H + h) * (1 / sums[t - start]));
@@ -251,50 +243,59 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
   return nullptr;
 }
 
-// qkv_RX, dropout_3, y_RD, logsum_GT, dy_RD -> dqkv_RX
+// qkv_RX, dropout_3, logsum_GT, dy_RD -> dqkv_RX
 extern "C" XLA_FFI_Error* causal_attention_gradient(XLA_FFI_CallFrame* call) {
   if (tells_version(call)) return nullptr;
-  float *qkv = array(call->args.args[0]), *y = array(call->args.args[2]), *logsum = array(call->args.args[3]);
-  float *dy = array(call->args.args[4]), *dqkv = array(call->rets.rets[0]);
+  float *qkv = array(call->args.args[0]), *logsum = array(call->args.args[2]);
+  float *dy = array(call->args.args[3]), *dqkv = array(call->rets.rets[0]);
   const Dropout dropout(call->args.args[1]);
-  const int64_t R = size(call->args.args[2], 0), D = size(call->args.args[2], 1);
-  const int64_t G = size(call->args.args[3], 0), T = size(call->args.args[3], 1);
-  const int64_t N = G * T / R, H = D / N, X = 3 * D, W = round_up(T);
+  const int64_t R = size(call->args.args[3], 0), D = size(call->args.args[3], 1);
+  const int64_t G = size(call->args.args[2], 0), T = size(call->args.args[2], 1);
+  const int64_t N = G * T / R, H = D / N, X = 3 * D;
   const float scale = 1 / std::sqrt(float(H));
 
   for_each(call, G, [=](int64_t g) {
-    const int64_t at_qkv = g / N * T * X + g % N * H, at_y = g / N * T * D + g % N * H;
-    const Rows q = {qkv + at_qkv, X}, k = {q.data + D, X}, v = {k.data + D, X}, out = {y + at_y, D};
-    const Rows dq = {dqkv + at_qkv, X}, dk = {dq.data + D, X}, dv = {dk.data + D, X}, dout = {dy + at_y, D};
-    float* memory = scratch(2 * (H + QUERIES) * W);
-    const Rows k_HS = {memory, W}, v_HS = {memory + H * W, W};
-    const Rows weights_QS = {memory + 2 * H * W, W}, dscores_QS = {weights_QS.data + QUERIES * W, W};
-    transpose(k, scale, T, H, k_HS);
-    transpose(v, 1, T, H, v_HS);
+    const int64_t at_qkv = g / N * T * X + g % N * H;
+    const Rows q = {qkv + at_qkv, X}, k = {q.data + D, X}, v = {k.data + D, X};
+    const Rows dq = {dqkv + at_qkv, X}, dk = {dq.data + D, X}, dv = {dk.data + D, X};
+    const Rows dout = {dy + g / N * T * D + g % N * H, D};
+    float* memory = scratch(2 * (H + T) * QUERIES);
+    const Rows q_HQ = {memory, QUERIES}, dout_HQ = {memory + H * QUERIES, QUERIES};
+    const Rows weights_SQ = {dout_HQ.data + H * QUERIES, QUERIES};
+    const Rows dscores_SQ = {weights_SQ.data + T * QUERIES, QUERIES};
     for (int64_t start = 0; start < T; start += QUERIES) {
-      const int64_t end = std::min(start + QUERIES, T), Q = end - start, keys = round_up(end);
-      const Rows q_QH = {q.data + start * X, X}, dout_QH = {dout.data + start * D, D};
-      multiply({q_QH.data, X, 1}, k_HS, weights_QS, Q, keys, H);       // scores, still
-      multiply({dout_QH.data, D, 1}, v_HS, dscores_QS, Q, keys, H);  // dweights, still
-      for (int64_t t = start; t < end; ++t) {
-        float *weights = weights_QS.data + (t - start) * W, *dscores = dscores_QS.data + (t - start) * W;
-        Floats products = {};
-        for (int64_t h = 0; h < H; h += LANES) products += load(out.data + t * D + h) * load(dout.data + t * D + h);
-        const float mean = sum(products);  // of dweights, weighted
-        for (int64_t s = 0; s < keys; s += LANES) {
-          const Floats x = load(weights + s) - logsum[g * T + t], factors = dropout.factors((g * T + t) * T + s);
-          const Floats before_dropout = exp_of_negative(x > 0.0f ? Floats{} : x);
-          store(weights + s, before_dropout * factors);
-          store(dscores + s, before_dropout * (load(dscores + s) * factors - mean) * scale);
+      const int64_t end = std::min(start + QUERIES, T), Q = end - start;
+      transpose(q, scale, start, end, H, q_HQ);
+      transpose(dout, 1, start, end, H, dout_HQ);
+      multiply({k.data, X, 1}, q_HQ, weights_SQ, end, QUERIES, H);     // scores, still
+      multiply({v.data, X, 1}, dout_HQ, dscores_SQ, end, QUERIES, H);  // dweights, still
+      for (int64_t s = start; s < end; ++s) hide(weights_SQ.data + s * QUERIES, s, start);
+      for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
+        float *weights = weights_SQ.data + lanes, *dscores = dscores_SQ.data + lanes;
+        float logs[LANES] = {};
+        std::copy_n(logsum + g * T + start + lanes, std::min(LANES, Q - lanes), logs);
+        Floats mean = {};  // of dweights, weighted
+        for (int64_t s = 0; s < end; ++s) {
+          const Floats x = load(weights + s * QUERIES) - load(logs);
+          const Floats weight = exp_of_negative(x > 0.0f ? Floats{} : x);
+          const Floats factors = dropout.factors((g * T + start + lanes) * T + s, T);
+          mean += weight * (load(dscores + s * QUERIES) * factors);
+          store(weights + s * QUERIES, weight);
         }
-        std::fill(weights + t + 1, weights + keys, 0.0f);
-        std::fill(dscores + t + 1, dscores + keys, 0.0f);
+        for (int64_t s = 0; s < end; ++s) {
+          const Floats weight = load(weights + s * QUERIES);
+          const Floats factors = dropout.factors((g * T + start + lanes) * T + s, T);
+          store(dscores + s * QUERIES, weight * (load(dscores + s * QUERIES) * factors - mean) * scale);
+          store(weights + s * QUERIES, weight * factors);
+        }
       }
-      multiply({dscores_QS.data, W, 1}, k, {dq.data + start * X, X}, Q, H, end);
-      // Transposed, so that keys are its rows: those before this block have a sum already, its own do not.
+      multiply({dscores_SQ.data, 1, QUERIES}, k, {dq.data + start * X, X}, Q, H, end);
+      // Keys before this block have a sum already, its own do not.
       for (const auto& [from, to, add] : {std::tuple(int64_t{0}, start, true), std::tuple(start, end, false)}) {
-        multiply({dscores_QS.data + from, 1, W}, q_QH, {dk.data + from * X, X}, to - from, H, Q, add);
-        multiply({weights_QS.data + from, 1, W}, dout_QH, {dv.data + from * X, X}, to - from, H, Q, add);
+        const Strided dscores = {dscores_SQ.data + from * QUERIES, QUERIES, 1};
+        const Strided weights = {weights_SQ.data + from * QUERIES, QUERIES, 1};
+        multiply(dscores, {q.data + start * X, X}, {dk.data + from * X, X}, to - from, H, Q, add);
+        multiply(weights, {dout.data + start * D, D}, {dv.data + from * X, X}, to - from, H, Q, add);
       }
     }
   });

@@ -94,7 +94,7 @@ def _attention_forward(qkv_RX, dropout_3, B, n_head):
     assert R % B == 0, f"{R} rows are not {B} times as many tokens"
     assert X % (3 * n_head * 16) == 0, f"{X} columns are not 3 x {n_head} heads of 16 numbers, or 32, 48, ..."
     y_RD, logsum_GT = _call("causal_attention", (_float32(R, X // 3), _float32(B * n_head, R // B)), qkv_RX, dropout_3)
-    return y_RD, (qkv_RX, dropout_3, y_RD, logsum_GT)
+    return y_RD, (qkv_RX, dropout_3, logsum_GT)
 
 
 def _attention_backward(B, n_head, saved, dy_RD):
