@@ -193,9 +193,10 @@ struct Dropout {
   }
 };
 
-// Key s is hidden from the queries before it, of those from `start` on.
-static void hide(float* scores, int64_t s, int64_t start) {
-  std::fill(scores, scores + std::clamp(s - start, int64_t{0}, QUERIES), -std::numeric_limits<float>::infinity());
+// Of scores (S, QUERIES), hide each of the keys [start, end) from the queries before it; the first query is `start`.
+static void hide(Rows scores, int64_t start, int64_t end) {
+  for (int64_t s = start; s < end; ++s)
+    std::fill_n(scores.data + s * scores.row, s - start, -std::numeric_limits<float>::infinity());
 }
 
 // qkv_RX, dropout_3 -> y_RD, logsum_GT
@@ -215,7 +216,7 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
       const int64_t end = std::min(start + QUERIES, T), Q = end - start;
       transpose(q, 1 / std::sqrt(float(H)), start, end, H, q_HQ);
       multiply({k.data, X, 1}, q_HQ, scores_SQ, end, QUERIES, H);
-      for (int64_t s = start; s < end; ++s) hide(scores_SQ.data + s * QUERIES, s, start);
+      hide(scores_SQ, start, end);
       float sums[QUERIES];
       for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
         float* scores = scores_SQ.data + lanes;
@@ -269,7 +270,7 @@ extern "C" XLA_FFI_Error* causal_attention_gradient(XLA_FFI_CallFrame* call) {
       transpose(dout, 1, start, end, H, dout_HQ);
       multiply({k.data, X, 1}, q_HQ, weights_SQ, end, QUERIES, H);     // scores, still
       multiply({v.data, X, 1}, dout_HQ, dscores_SQ, end, QUERIES, H);  // dweights, still
-      for (int64_t s = start; s < end; ++s) hide(weights_SQ.data + s * QUERIES, s, start);
+      hide(weights_SQ, start, end);
       for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
         float *weights = weights_SQ.data + lanes, *dscores = dscores_SQ.data + lanes;
         float logs[LANES] = {};
