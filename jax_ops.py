@@ -5,6 +5,7 @@ JAX derives takes more passes over memory; BENCHMARKS.md and dev/LOG.md have wha
 jax_transformer.py.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -83,9 +84,15 @@ def dropout(x: jax.Array, rate: float, seed_2: jax.Array | None) -> jax.Array:
     if seed_2 is None or rate == 0:
         return x
     strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
-    index = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
-    bits = _lowbias32(_lowbias32(index ^ seed_2[0]) ^ seed_2[1])
-    return jnp.where(bits >= np.uint32(rate * 2**32), x * (1 / (1 - rate)), 0).astype(x.dtype)
+    along = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(strides)]
+    index = functools.reduce(jnp.add, along)
+    return jnp.where(is_kept(index, seed_2[0], seed_2[1], rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def is_kept(index: jax.Array, seed_0: jax.Array, seed_1: jax.Array, rate: float) -> jax.Array:
+    """Which elements `dropout` leaves, by their index (uint32) and two seeds."""
+    bits = _lowbias32(_lowbias32(index ^ seed_0) ^ seed_1)
+    return bits >= np.uint32(rate * 2**32)
 
 
 def _lowbias32(bits: jax.Array) -> jax.Array:
@@ -94,8 +101,8 @@ def _lowbias32(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> 16)
 
 
-def has_fused_attention(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether cuDNN's attention runs here: an NVIDIA GPU from Ampere on, and 16 bits. It has no usable dropout."""
+def on_nvidia_gpu(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether cuDNN's attention and jax_gpu_kernels run here: an NVIDIA GPU from Ampere on, and 16 bits."""
     device = jax.devices()[0]
     return (
         device.platform == "gpu"
@@ -206,8 +213,10 @@ def _cross_entropy_forward(logits_BTV, targets_BT):
 def _cross_entropy_backward(saved, dloss_BT):
     logits_BTV, targets_BT, log_total_BT = saved
     p_BTV = jnp.exp(logits_BTV.astype(log_total_BT.dtype) - log_total_BT[..., None])
-    targets_BT = jnp.where(targets_BT < 0, targets_BT + logits_BTV.shape[2], targets_BT)  # as the lookup counts them
-    is_target_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
+    targets_BT = jnp.where(targets_BT < 0, targets_BT + logits_BTV.shape[-1], targets_BT)  # as the lookup counts them
+    is_target_BTV = (
+        jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, logits_BTV.ndim - 1) == targets_BT[..., None]
+    )
     return ((p_BTV - is_target_BTV) * dloss_BT[..., None]).astype(logits_BTV.dtype), None
 
 

@@ -248,10 +248,11 @@ def train_step(
     assert x_ABT.shape == y_ABT.shape, f"inputs {x_ABT.shape} and targets {y_ABT.shape} differ in shape"
     A = x_ABT.shape[0]
     adam_state, loss_scale = state.opt_state
+    is_scaled = config.dtype == "float16"
 
     def scaled_loss(params, x_BT, y_BT, key):
         loss = cross_entropy(forward(params, x_BT, config, dropout_key=key, scan_layers=scan_layers), y_BT).mean()
-        return loss * loss_scale.scale, loss
+        return loss * loss_scale.scale if is_scaled else loss, loss
 
     def accumulate(carry, micro_batch):
         grads, loss = carry
@@ -270,7 +271,7 @@ def train_step(
     if axis is not None:  # once an update, whatever the number of micro-batches
         grads, loss = jax.lax.pmean((grads, loss), axis)
     loss = loss / A
-    denominator = A * loss_scale.scale if config.dtype == "float16" else A
+    denominator = A * loss_scale.scale if is_scaled else A
     grads = jax.tree.map(lambda g: g / denominator, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -278,7 +279,7 @@ def train_step(
     directions, adam_state = optimizer.update(grads, adam_state, state.params, finite=finite)
     params = jax.tree.map(lambda p, d: jnp.where(finite, p - learning_rate * d, p), state.params, directions)
     metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite, "loss_scale": loss_scale.scale}
-    if config.dtype == "float16":
+    if is_scaled:
         loss_scale = update_loss_scale(loss_scale, finite)
     return TrainState(params, (adam_state, loss_scale)), metrics
 

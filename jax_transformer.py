@@ -24,8 +24,8 @@ import numpy as np
 from flax import nnx
 
 import jax_cpu_kernels
-from jax_ops import causal_attention, dropout, gelu, has_fused_attention, layer_norm
-from jax_ops import cross_entropy as cross_entropy  # `forward` and its loss come from one place
+import jax_ops
+from jax_ops import causal_attention, dropout, layer_norm, on_nvidia_gpu
 
 Params = dict[str, Any]  # nested dict of float32 arrays; its inner layout is this file's own business
 
@@ -71,7 +71,31 @@ GPT2_SIZES = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modules
+# functions that have a form of their own on some device
+
+
+def gpu_kernels(dtype: jax.typing.DTypeLike) -> Any:
+    """The module jax_gpu_kernels, or None where its kernels do not run."""
+    if not on_nvidia_gpu(dtype):
+        return None
+    import jax_gpu_kernels  # with all of Pallas, which a start on a CPU does without
+
+    return jax_gpu_kernels
+
+
+def gelu(x_RF: jax.Array, form: str) -> jax.Array:
+    """jax_ops.gelu."""
+    kernels = gpu_kernels(x_RF.dtype)
+    return kernels.gelu_erf(x_RF) if kernels and form == "erf" else jax_ops.gelu(x_RF, form)
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of what `forward` gives."""
+    kernels = gpu_kernels(logits_BTV.dtype)
+    if kernels is None:
+        return jax_ops.cross_entropy(logits_BTV, targets_BT)
+    losses_R = kernels.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
+    return losses_R.reshape(targets_BT.shape)
 
 
 def attend(
@@ -81,10 +105,14 @@ def attend(
     R, D = x_RD.shape
     T, N, H = R // B, n_head, D // n_head
     rate = 0.0 if seed_2 is None else rate
-    if rate == 0 and H % 8 == 0 and has_fused_attention(x_RD.dtype):
-        # Three products: to cut what cuDNN reads out of one, and to join its gradient, would be a copy each.
-        q_BTNH, k_BTNH, v_BTNH = (part_RD.reshape(B, T, N, H) for part_RD in _products_apart(x_RD, c_attn, 3))
-        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
+    kernels = gpu_kernels(x_RD.dtype)
+    if kernels and (H % 8 == 0 if rate == 0 else kernels.fits_attention(T, H)):
+        # Three products: to cut what these read out of one, and to join its gradient, would be a copy each.
+        qkv = [part_RD.reshape(B, T, N, H) for part_RD in _products_apart(x_RD, c_attn, 3)]
+        if rate == 0:
+            y_BTNH = jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="cudnn")
+        else:
+            y_BTNH = kernels.attention(*qkv, seed_2, rate)
         return y_BTNH.reshape(R, D)
     qkv_RX = c_attn(x_RD)
     if jax_cpu_kernels.fits_attention(qkv_RX.dtype, H):
@@ -100,11 +128,30 @@ def attend(
 
 def _products_apart(x_RK: jax.Array, linear: nnx.Linear, parts: int) -> list[jax.Array]:
     """jnp.split(linear(x_RK), parts, axis=1), each part as a product of its own."""
-    parts_RM = [x_RK @ kernel_KM for kernel_KM in jnp.split(linear.kernel[...].astype(x_RK.dtype), parts, axis=1)]
+    parts_RM = _products(x_RK, jnp.split(linear.kernel[...].astype(x_RK.dtype), parts, axis=1))
     if linear.bias is None:
         return parts_RM
     biases_M = jnp.split(linear.bias[...].astype(x_RK.dtype), parts)
     return [part_RM + bias_M[None] for part_RM, bias_M in zip(parts_RM, biases_M, strict=True)]
+
+
+@jax.custom_vjp
+def _products(x_RK: jax.Array, kernels_KM: list[jax.Array]) -> list[jax.Array]:
+    """x @ kernel for each of the kernels."""
+    return [x_RK @ kernel_KM for kernel_KM in kernels_KM]
+
+
+def _products_backward(saved, dys_RM):
+    """With the sum for dx in an order in which XLA lets each product add to the one before, in cuBLAS."""
+    x_RK, kernels_KM = saved
+    dx_RK = None
+    for dy_RM, kernel_KM in zip(dys_RM, kernels_KM, strict=True):
+        product_RK = dy_RM @ kernel_KM.T
+        dx_RK = product_RK if dx_RK is None else product_RK + dx_RK
+    return dx_RK, [x_RK.T @ dy_RM for dy_RM in dys_RM]
+
+
+_products.defvjp(lambda x_RK, kernels_KM: (_products(x_RK, kernels_KM), (x_RK, kernels_KM)), _products_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -114,8 +161,11 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.n_embd))
         self.bias = nnx.Param(jnp.zeros(config.n_embd)) if config.bias else None
 
-    def __call__(self, x_RD: jax.Array) -> jax.Array:
-        return layer_norm(x_RD, self.scale[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x_RD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x itself, for what is added to it, and x normalised: a kernel for both adds their gradients on the way."""
+        kernels = gpu_kernels(x_RD.dtype)
+        weights = self.scale[...], None if self.bias is None else self.bias[...]
+        return kernels.layer_norm(x_RD, *weights) if kernels else (x_RD, layer_norm(x_RD, *weights))
 
 
 class LinearOut(nnx.Module):
@@ -168,9 +218,11 @@ class Block(nnx.Module):
     def __call__(self, x_RD: jax.Array, B: int, seeds_32: jax.Array | None) -> jax.Array:
         of_attn_22, of_mlp_2 = (None, None) if seeds_32 is None else (seeds_32[:2], seeds_32[2])
         with jax.named_scope("attn"):
-            x_RD = x_RD + self.attn(self.ln_1(x_RD), B, of_attn_22)
+            x_RD, normal_RD = self.ln_1(x_RD)
+            x_RD = x_RD + self.attn(normal_RD, B, of_attn_22)
         with jax.named_scope("mlp"):
-            return x_RD + self.mlp(self.ln_2(x_RD), of_mlp_2)
+            x_RD, normal_RD = self.ln_2(x_RD)
+            return x_RD + self.mlp(normal_RD, of_mlp_2)
 
 
 def _normals_of_one_draw(key: jax.Array, count: int) -> Callable[[float], nnx.Initializer]:
@@ -243,7 +295,8 @@ class GPT(nnx.Module):
             for i in range(L):
                 x_RD = self.h[str(i)](x_RD, B, None if seeds_L32 is None else seeds_L32[i])
         with jax.named_scope("head"):
-            logits_RV = self.wte.attend(self.ln_f(x_RD))  # the tied head: by far the largest tensor of a step
+            _, normal_RD = self.ln_f(x_RD)
+            logits_RV = self.wte.attend(normal_RD)  # the tied head: by far the largest tensor of a step
         return logits_RV.reshape(B, T, -1)
 
     def scanned(self, x_RD: jax.Array, B: int, seeds_L32: jax.Array | None) -> jax.Array:

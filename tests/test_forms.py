@@ -22,27 +22,6 @@ from tests.tiny_model import TINY, random_ids, random_params
 pytestmark = pytest.mark.usefixtures("exact_and_quick")
 
 
-def test_fused_attention_where_there_is_one_computes_the_same(monkeypatch):
-    """cuDNN's attention through its interface, with XLA's arithmetic behind it: layout, scale and mask are ours."""
-    config = dataclasses.replace(TINY, n_embd=32, n_head=4)
-    params, ids_BT = random_params(config), jnp.asarray(random_ids(config))
-    plain_BTV = forward(params, ids_BT, config)
-    interface, asked = jax.nn.dot_product_attention, []
-
-    def with_xla(q_BTNH, k_BTNH, v_BTNH, *, is_causal, implementation):
-        asked.append((implementation, q_BTNH.shape))
-        return interface(q_BTNH, k_BTNH, v_BTNH, is_causal=is_causal, implementation="xla")
-
-    monkeypatch.setattr(jax_transformer, "has_fused_attention", lambda dtype: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", with_xla)
-    np.testing.assert_allclose(forward(params, ids_BT, config), plain_BTV, rtol=1e-4, atol=1e-5)
-    B, T = ids_BT.shape
-    assert asked == [("cudnn", (B, T, 4, 8))] * config.n_layer
-    dropping = dataclasses.replace(config, dropout=0.5)  # cuDNN has no usable dropout
-    forward(params, ids_BT, dropping, dropout_key=jax.random.key(0))
-    assert len(asked) == config.n_layer
-
-
 @pytest.mark.parametrize("dropout_key", [None, 0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forms_for_a_gpu_compute_the_same(monkeypatch, dtype, dropout_key):

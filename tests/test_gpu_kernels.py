@@ -1,0 +1,167 @@
+"""Kernels for an NVIDIA GPU (jax_gpu_kernels.py), each against jax_ops.py in float32.
+
+Where there is no such GPU, JAX computes what the kernels say.
+
+python -m pytest tests/test_gpu_kernels.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_gpu_kernels
+import jax_ops
+import jax_transformer
+from jax_transformer import GPTConfig, forward, init_params
+from tests.tiny_model import random_ids
+
+ON_GPU = jax_ops.on_nvidia_gpu("bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(jax_gpu_kernels, "INTERPRET", not ON_GPU)
+
+
+def normal(number: int, *shape: int, dtype="bfloat16") -> jax.Array:
+    return jax.random.normal(jax.random.key(number), shape).astype(dtype)
+
+
+def assert_same_gradients(ours, theirs, arrays, *, tolerance: float):
+    """Values and gradients of a function of 16-bit arrays, and of another of the same arrays in float32, which is as
+    near as 16 bits allow: to `tolerance` of the largest element."""
+
+    def value_and_gradients(function, arrays):
+        value, pull = jax.vjp(function, *arrays)
+        weights = jax.tree.map(lambda a: jax.random.normal(jax.random.key(9), a.shape).astype(a.dtype), value)
+        return value, pull(weights)
+
+    wide = [a.astype(jnp.float32) for a in arrays]
+    results = value_and_gradients(ours, arrays), value_and_gradients(theirs, wide)
+    for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        assert got.shape == expected.shape
+        assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+# Rows that fill a program, and that do not; widths that are a power of two, and that are not.
+@pytest.mark.parametrize(
+    ("rows", "width", "with_bias"), [(64, 128, False), (12, 48, True), (7, 1600, False), (256, 384, True)]
+)
+def test_layer_norm_gives_its_input_and_its_normalised_rows(rows, width, with_bias):
+    weights = [normal(i, width, dtype="float32") for i in range(1 + with_bias)]
+    x_RD = (3 + 2 * normal(2, rows, width, dtype="float32")).astype("bfloat16")
+
+    def ours(x_RD, scale_D, bias_D=None):
+        return jax_gpu_kernels.layer_norm(x_RD, scale_D, bias_D)
+
+    def theirs(x_RD, scale_D, bias_D=None):
+        return x_RD, jax_ops.layer_norm(x_RD, scale_D, bias_D)
+
+    assert_same_gradients(ours, theirs, [x_RD, *weights], tolerance=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 1000)])
+def test_gelu_is_that_of_the_normal_distribution(shape):
+    assert_same_gradients(jax_gpu_kernels.gelu_erf, jax_ops.gelu_erf, [3 * normal(0, *shape)], tolerance=1e-2)
+
+
+def test_gelu_and_its_slope_are_right_to_a_few_hundred_thousandths():
+    """In float32, where nothing is rounded to 16 bits."""
+    x = jnp.concatenate([-jnp.logspace(-3, 5, 500), jnp.logspace(-3, 5, 500), jnp.zeros(1)])
+    y, pull = jax.vjp(jax_gpu_kernels.gelu_erf, x)
+    exact_y, exact_pull = jax.vjp(jax_ops.gelu_erf, x)
+    np.testing.assert_allclose(y, exact_y, rtol=1e-6, atol=3e-5)
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "of_mean"), [(2, True), (65, False), (1000, True), (8192, False), (20_001, True)]
+)
+def test_loss_and_its_gradient_are_those_of_the_formula(vocabulary, of_mean):
+    targets_R = jax.random.randint(jax.random.key(1), (12,), -vocabulary, vocabulary)  # a lookup takes negative ones
+
+    def loss(function, logits_RV):
+        losses_R = function(logits_RV, targets_R)
+        return losses_R.mean() if of_mean else losses_R
+
+    assert_same_gradients(
+        functools.partial(loss, jax_gpu_kernels.cross_entropy),
+        functools.partial(loss, jax_ops.cross_entropy),
+        [3 * normal(0, 12, vocabulary)],
+        tolerance=1e-2,
+    )
+
+
+def test_loss_is_exact_where_exponentials_would_overflow():
+    logits_RV = np.array([[300, 296, -300, 0], [-2000, -2000, -2000, -2000], [-np.inf, 3, -np.inf, 4]])
+    loss_R = jax_gpu_kernels.cross_entropy(jnp.asarray(logits_RV, jnp.bfloat16), jnp.asarray([1, 2, 3]))
+    np.testing.assert_allclose(loss_R, [4 + np.log1p(np.exp(-4)), np.log(4), np.log1p(np.exp(-1))], atol=2e-4)
+
+
+def test_a_target_outside_of_the_vocabulary_gives_nan_and_touches_no_other_row():
+    logits_RV = normal(0, 4, 65)
+    targets_R = jnp.asarray([1, 65, 64, 3])
+    loss_R, pull = jax.vjp(lambda logits_RV: jax_gpu_kernels.cross_entropy(logits_RV, targets_R), logits_RV)
+    (dlogits_RV,) = pull(jnp.ones(4))
+    expected_RV = jax.grad(lambda logits: jax_ops.cross_entropy(logits, targets_R).sum())(logits_RV.astype("float32"))
+    np.testing.assert_array_equal(np.isnan(loss_R), [False, True, False, False])
+    rows = np.array([0, 2, 3])
+    np.testing.assert_allclose(dlogits_RV[rows].astype("float32"), expected_RV[rows], rtol=1e-2, atol=1e-3)
+
+
+def test_logits_that_are_not_numbers_show_in_the_loss():
+    logits_RV = normal(0, 3, 1000).at[1, 999].set(jnp.nan).at[2, 5].set(jnp.inf)
+    loss_R = jax_gpu_kernels.cross_entropy(logits_RV, jnp.asarray([0, 0, 0]))
+    np.testing.assert_array_equal(np.isfinite(loss_R), [True, False, False])
+
+
+@pytest.mark.parametrize(("T", "N", "H", "rate"), [(64, 2, 16, 0.3), (192, 1, 64, 0.3), (48, 3, 32, 0.0)])
+def test_attention_drops_the_weights_that_dropout_drops(T, N, H, rate):
+    B, seed_2 = 2, jnp.asarray([3, 4_000_000_000], jnp.uint32)
+    assert jax_gpu_kernels.fits_attention(T, H)
+
+    def theirs(*arrays):
+        q_GTH, k_GTH, v_GTH = (a_BTNH.transpose(0, 2, 1, 3).reshape(B * N, T, H) for a_BTNH in arrays)
+        y_GTH = jax_ops.causal_attention(q_GTH, k_GTH, v_GTH, rate, seed_2)
+        return y_GTH.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+    def ours(*arrays):
+        return jax_gpu_kernels.attention(*arrays, seed_2, rate)
+
+    assert_same_gradients(ours, theirs, [normal(i, B, T, N, H) for i in range(3)], tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("dropout", "bias"), [(0.0, False), (0.2, True)])
+def test_a_model_of_these_kernels_learns_as_the_plain_one(monkeypatch, dropout, bias):
+    """Loss and gradient, of the kernels and of XLA's code. Attention without dropout is cuDNN's: of its interface
+    layout, scale and mask are ours, and where there is no such GPU, its arithmetic is XLA's."""
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65, dropout=dropout, bias=bias, dtype="bfloat16"
+    )
+    params, ids_BT = init_params(config, jax.random.key(0)), jnp.asarray(random_ids(config))
+    cudnn, asked = jax.nn.dot_product_attention, []
+
+    def fused_attention(q_BTNH, k_BTNH, v_BTNH, *, is_causal, implementation):
+        asked.append((implementation, q_BTNH.shape))
+        implementation = implementation if ON_GPU else "xla"
+        return cudnn(q_BTNH, k_BTNH, v_BTNH, is_causal=is_causal, implementation=implementation)
+
+    def loss(params):
+        logits_BTV = forward(params, ids_BT, config, dropout_key=jax.random.key(1))
+        return jax_transformer.cross_entropy(logits_BTV, ids_BT).mean()
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused_attention)
+    results = []
+    for kernels in (None, jax_gpu_kernels):
+        monkeypatch.setattr(jax_transformer, "gpu_kernels", lambda dtype: kernels)  # noqa: B023
+        results.append(jax.jit(jax.value_and_grad(lambda params: loss(params)))(params))
+    B, T = ids_BT.shape
+    assert asked == [("cudnn", (B, T, 2, 16))] * (config.n_layer if dropout == 0 else 0)
+    (plain_loss, plain_grads), (our_loss, our_grads) = results
+    assert abs(plain_loss - our_loss) < 1e-2
+    for expected, got in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(our_grads), strict=True):
+        assert np.abs(got - expected).max() <= 0.05 * np.abs(expected).max() + 1e-4
