@@ -30,7 +30,7 @@ INTERPRET = False  # tests set it: JAX then computes what the kernels say, on an
 TILE = 1024
 ROWS_SUMMED = 32  # whose contributions to the gradient of LayerNorm's weights one program adds up
 LOGITS_TILE = 8192
-ATTENTION_TILE = 64  # queries, and keys
+ATTENTION_TILE = 64  # queries, and keys; half as many of wide heads, for which a small GPU has no more room
 
 
 def _call(kernel, out_shape, *, grid, in_specs, out_specs, warps: int = 4, aliases: dict[int, int] | None = None):
@@ -308,7 +308,11 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
 
 def fits_attention(T: int, H: int) -> bool:
     """Whether `attention` takes T tokens and heads of H numbers."""
-    return math.gcd(T, ATTENTION_TILE) >= 16 and H in (16, 32, 64, 128)
+    return _attention_tile(T, H) >= 16 and H in (16, 32, 64, 128)
+
+
+def _attention_tile(T: int, H: int) -> int:
+    return math.gcd(T, ATTENTION_TILE if H <= 64 else ATTENTION_TILE // 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -323,7 +327,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, seed_2: j
 
 def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
     B, T, N, H = q_BTNH.shape
-    tile = math.gcd(T, ATTENTION_TILE)
+    tile = _attention_tile(T, H)
 
     def attention_kernel(q_ref, k_ref, v_ref, seed_ref, y_ref, log_total_ref):
         i, b, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -360,7 +364,7 @@ def _attention_backward(rate, saved, dy_BTNH):
     same work."""
     q_BTNH, k_BTNH, v_BTNH, seed_2, y_BTNH, log_total_BNT = saved
     B, T, N, H = q_BTNH.shape
-    tile = math.gcd(T, ATTENTION_TILE)
+    tile = _attention_tile(T, H)
     # sum over s of p(s) dp(s), the mean that softmax's gradient takes away
     mean_BNT = jnp.einsum("BTNH,BTNH->BNT", y_BTNH, dy_BTNH, preferred_element_type=jnp.float32)
 
