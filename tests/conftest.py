@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import jax_data
 
 pytest.register_assert_rewrite("tests.parsing", "tests.preparing", "tests.running", "tests.weight_files")
+from tests.running import QUICKLY  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,17 +50,25 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "my",
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One compilation cache for the session (this saves minutes): of all workers, and of the scripts they start."""
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist inherits it
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder.name}/jax"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One CPU device, nobody logged in anywhere, and one compilation cache for the session (this saves minutes)."""
+    """One CPU device, nobody logged in anywhere, and compiled code kept where all of the session finds it."""
     ours = ("JAX_", "XLA_", "WANDB_", "SLURM_", "RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k.startswith(kept)}
     env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # large pages are a second start of each script
     env["HOME"] = str(tmp_path_factory.mktemp("home"))
-    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    env["XDG_CACHE_HOME"] = str(Path(env["JAX_COMPILATION_CACHE_DIR"]).parent)
     return env
 
 
@@ -94,6 +104,15 @@ def run(workdir: Path, environment: dict[str, str]) -> Run:
     return functools.partial(run_script, workdir, environment)
 
 
+@pytest.fixture
+def quick(run: Run) -> Run:
+    """As `run`, without XLA's optimisations: a model that is compiled nowhere else takes half the time.
+
+    For what does not depend on them; tiny.py as it is has them, and is compiled once for all tests.
+    """
+    return functools.partial(run, **QUICKLY)
+
+
 @pytest.fixture(scope="session")
 def one_finished_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
@@ -112,7 +131,7 @@ def finished(workdir: Path, one_finished_run: tuple[Path, str]) -> Path:
 @pytest.fixture
 def exact_and_quick() -> Iterator[None]:
     """Without XLA's optimisations everything compiles in half to two thirds of the time, and what is asked there does
-    not depend on them; the self check, the trainer's tests and the comparison with nanoGPT have them on.
+    not depend on them; the self check, runs of tiny.py as it is and the comparison with nanoGPT have them on.
 
     On a GPU float32 products are rounded to tf32 unless told otherwise, which no comparison there would survive.
     """

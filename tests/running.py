@@ -5,6 +5,8 @@ import json
 import subprocess
 from pathlib import Path
 
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in a script's environment: XLA compiles in half the time
+
 
 def metrics(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_bench_times_a_configuration_and_its_figures_fit_together(run, workdir):
-    done = run("bench_jax.py", "tiny.py", "--steps=5", "--warmup_steps=2", "--json=bench.json", "--profile=True")
+def test_bench_times_a_configuration_and_its_figures_fit_together(quick, workdir):
+    done = quick("bench_jax.py", "tiny.py", "--steps=5", "--warmup_steps=2", "--json=bench.json", "--profile=True")
     result = json.loads((workdir / "bench.json").read_text())
     train = result["train"]
     assert result["config"]["n_embd"] == 16 and result["config"]["gradient_accumulation_steps"] == 2
@@ -39,16 +39,16 @@ def test_bench_times_a_configuration_and_its_figures_fit_together(run, workdir):
 
 
 @pytest.mark.slow
-def test_bench_without_the_data_set_takes_random_tokens_and_says_so(run):
-    done = run("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1",
+def test_bench_without_the_data_set_takes_random_tokens_and_says_so(quick):
+    done = quick("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1",
                "--new_tokens=0")  # fmt: skip
     assert "generation" not in done.stdout
     assert "note: random tokens, since no data set 'nowhere'" in done.stdout
 
 
-def test_bench_makes_several_steps_in_one_dispatch(run, workdir):
+def test_bench_makes_several_steps_in_one_dispatch(quick, workdir):
     few = ("--warmup_steps=1", "--eval_iters=1", "--new_tokens=0", "--json=bench.json")
-    done = run("bench_jax.py", "tiny.py", "--steps=6", "--steps_per_dispatch=3", *few, JAX_LOG_COMPILES="1")
+    done = quick("bench_jax.py", "tiny.py", "--steps=6", "--steps_per_dispatch=3", *few, JAX_LOG_COMPILES="1")
     assert "Compiling jit(several_steps)" in done.stderr and "Compiling jit(train_step)" not in done.stderr
     train = json.loads((workdir / "bench.json").read_text())["train"]
     assert train["tokens_per_s"] == pytest.approx(2 * 4 * 16 / train["ms"]["median"] * 1000)
@@ -97,20 +97,20 @@ def test_a_whole_run_with_evaluations_saves_and_a_resume_compiles_everything_onc
         assert len(compiled) == len(set(compiled)), compiled
 
 
-def test_compiled_code_is_kept_in_the_users_cache_and_found_again(run, workdir):
+def test_compiled_code_is_kept_in_the_users_cache_and_found_again(quick, workdir):
     kept = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "cache")}
-    run("train_jax.py", "tiny.py", "--max_iters=2", **kept)
+    quick("train_jax.py", "tiny.py", "--max_iters=2", **kept)
     entries = {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")}
     assert any("train_step" in p.name for p in entries)
-    run("train_jax.py", "tiny.py", "--max_iters=2", "--overwrite=True", **kept)
+    quick("train_jax.py", "tiny.py", "--max_iters=2", "--overwrite=True", **kept)
     assert {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")} == entries
 
 
 @pytest.mark.slow
-def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(run, workdir):
+def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(quick, workdir):
     (workdir / "file").write_text("")
     nowhere = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "file")}
-    assert "note: no folder for compiled code" in run("train_jax.py", "tiny.py", "--max_iters=1", **nowhere).stdout
+    assert "note: no folder for compiled code" in quick("train_jax.py", "tiny.py", "--max_iters=1", **nowhere).stdout
 
 
 def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_user_win():

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_cpu_kernels as kernels
+import jax_cpu_library
 from jax_cache import decoding_weights
 from jax_generate import generate
 from jax_ops import dropout
@@ -24,9 +25,12 @@ from jax_transformer import GPTConfig, cross_entropy, forward, init_params
 
 ROOT = Path(__file__).resolve().parents[1]
 no_compiler = shutil.which(os.environ.get("CXX", "c++")) is None
-pytestmark = pytest.mark.skipif(no_compiler, reason="needs a C++ compiler (c++, or what CXX names)")
+pytestmark = [
+    pytest.mark.skipif(no_compiler, reason="needs a C++ compiler (c++, or what CXX names)"),
+    pytest.mark.usefixtures("exact_and_quick"),
+]
 
-MODEL = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=96, vocab_size=77, bias=True, gelu="tanh")
+MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=96, vocab_size=77, bias=True, gelu="tanh")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,6 +168,7 @@ def test_a_model_computes_the_same_with_and_without(folder, monkeypatch):
 
 
 HEADS = ("--n_head=1", "--n_embd=32")  # heads as wide as our code takes them; those of tiny.py are not
+LONG = (*HEADS, "--block_size=150", "--dropout=0.2")
 
 
 def losses_of(out_dir: Path) -> list[tuple]:
@@ -171,10 +176,11 @@ def losses_of(out_dir: Path) -> list[tuple]:
     return [(line["iter"], line.get("loss"), line.get("grad_norm"), line.get("val/loss")) for line in lines]
 
 
-def test_without_a_compiler_the_run_is_the_same_but_for_rounding(run, workdir):
-    for out, env in {"ours": {}, "xla": {"CXX": "no-such-compiler"}}.items():
-        options = (f"--out_dir={out}", "--block_size=150", "--dropout=0.2", "--max_iters=10", *HEADS)
-        run("train_jax.py", "tiny.py", *options, **env)
+def test_without_a_compiler_the_run_is_the_same_but_for_rounding(quick, workdir):
+    for out, env, notes in (("ours", {}, []), ("xla", {"CXX": "no-such-compiler"}, ["note: no C++ compiler"])):
+        options = (f"--out_dir={out}", "--max_iters=10", *LONG)
+        done = quick("train_jax.py", "tiny.py", *options, **env)
+        assert [line[:21] for line in done.stdout.splitlines() if line.startswith("note: ")] == notes
     ours, xlas = (np.array([row[1] for row in losses_of(workdir / out) if row[1]]) for out in ("ours", "xla"))
     assert (ours != xlas).any()
     np.testing.assert_allclose(ours, xlas, atol=1e-4)
@@ -190,40 +196,52 @@ def test_without_a_compiler_the_run_is_the_same_but_for_rounding(run, workdir):
         ({"XDG_CACHE_HOME": "file"}, "Not a directory"),
     ],
 )
-def test_what_keeps_the_library_from_being_made_is_a_note(run, workdir, env, told):
-    (workdir / "file").write_text("")
-    done = run("train_jax.py", "tiny.py", "--max_iters=0", *HEADS, **env)
-    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert told in note and note.endswith("(JAX_README.md, Installation)")
+def test_what_keeps_the_library_from_being_made_is_a_note(tmp_path, monkeypatch, capsys, env, told):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kernels, "_library", None)
+    kernels.load(lambda: jax_cpu_library.cache_folder())  # a function of its own: what it returns is remembered
+    assert not kernels.loaded()
+    assert not kernels.loaded()  # and says it once
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: ") and told in note and note.endswith("(JAX_README.md, Installation)")
 
 
-def test_a_run_compiles_the_library_once_and_the_next_one_finds_it(run, workdir):
+def test_a_run_compiles_the_library_once_and_the_next_one_finds_it(quick, workdir):
     (workdir / "counting").write_text('#!/bin/sh\necho called >> calls\nexec ${REAL_CXX:-c++} "$@"\n')
     (workdir / "counting").chmod(0o755)
     env = {"CXX": str(workdir / "counting"), "REAL_CXX": os.environ.get("CXX", "c++")}
     for _ in range(2):
-        run("train_jax.py", "tiny.py", "--max_iters=0", "--eval_only=True", *HEADS, **env)
+        quick("train_jax.py", "tiny.py", "--max_iters=0", "--eval_only=True", *HEADS, **env)
         assert (workdir / "calls").read_text() == "called\n"
 
 
-def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(run, workdir):
-    run("train_jax.py", "tiny.py", "--out_dir=whole", "--dropout=0.2", *HEADS)
-    run("train_jax.py", "tiny.py", "--out_dir=parts", "--dropout=0.2", "--max_iters=10", *HEADS)
-    run("train_jax.py", "--init_from=resume", "--out_dir=parts", "--max_iters=20")
+def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(quick, workdir):
+    quick("train_jax.py", "tiny.py", "--out_dir=whole", *LONG)
+    quick("train_jax.py", "tiny.py", "--out_dir=parts", "--max_iters=10", *LONG)
+    quick("train_jax.py", "--init_from=resume", "--out_dir=parts", "--max_iters=20")
     assert losses_of(workdir / "parts") == losses_of(workdir / "whole")
 
 
-def test_losses_on_four_devices_are_those_on_one(run, workdir):
+def test_losses_on_four_devices_are_those_on_one(quick, workdir):
     for devices in ("1", "4"):
         options = (f"--out_dir={devices}", "--dropout=0", "--max_iters=5", *HEADS)
-        run("train_jax.py", "tiny.py", *options, JAX_NUM_CPU_DEVICES=devices)
+        quick("train_jax.py", "tiny.py", *options, JAX_NUM_CPU_DEVICES=devices)
     on_one, on_four = ([row[1] for row in losses_of(workdir / devices) if row[1]] for devices in ("1", "4"))
     assert on_one != on_four  # sums in another order
     np.testing.assert_allclose(on_four, on_one, atol=1e-5)
 
 
 def test_processes_that_make_the_library_at_once_all_have_it(tmp_path):
-    code = "import sys, pathlib, jax_cpu_kernels as k; k.load(lambda: pathlib.Path(sys.argv[1])); assert k.loaded()"
+    code = """
+import ctypes, sys
+from pathlib import Path
+import jax_cpu_library
+ctypes.CDLL(str(jax_cpu_library.begin(lambda: Path(sys.argv[1])).result())).causal_attention
+"""
     command = [sys.executable, "-c", code, str(tmp_path)]
     started = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     assert [process.wait(timeout=120) for process in started] == [0, 0, 0]

@@ -5,8 +5,6 @@ python -m pytest tests/test_export.py
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +14,7 @@ import pytest
 
 import jax_checkpoint
 import jax_run_dir
+import test_jax_transformer
 from jax_codec import DataError, make_codec
 from jax_train_utils import make_mesh, replicated
 from jax_transformer import GPTConfig, abstract_params
@@ -193,16 +192,10 @@ def test_accelerator_check_without_one_is_one_line(run):
     assert line.startswith("no accelerator: JAX sees only a CPU") and done.stderr == ""
 
 
+@pytest.mark.usefixtures("exact_and_quick")
 def test_accelerator_checks_pass_on_a_cpu_and_fail_where_the_arithmetic_is_coarser():
-    code = """
-import jax, test_jax_transformer as check
-device = jax.devices()[0]
-for each in check.ACCELERATOR_CHECKS:
-    each(device)
-try:
-    check.check_against_cpu(device, "bfloat16", 1e-4)
-except AssertionError as error:
-    print("coarse:", error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    assert re.search(r"^coarse: bfloat16: gradient\S* is off by", done.stdout, re.M), done.stdout
+    (cpu, *_) = jax.devices("cpu")
+    for check in test_jax_transformer.ACCELERATOR_CHECKS:
+        check(cpu)
+    with pytest.raises(AssertionError, match=r"^bfloat16: gradient\S* is off by"):
+        test_jax_transformer.check_against_cpu(cpu, "bfloat16", 1e-4)

@@ -20,7 +20,7 @@ import pytest
 import jax_data
 import jax_run_dir
 from tests import torture
-from tests.running import metrics, wait_for_line
+from tests.running import QUICKLY, metrics, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ("tiny.py", "--save_interval=5", "--keep_checkpoints=3")
@@ -255,7 +255,7 @@ def test_signal_while_a_resumed_run_starts_is_75_too_and_loses_nothing(run, star
 
 
 def test_signal_during_an_evaluation_saves_when_that_is_through(start, finished):
-    args = ("--init_from=resume", "--out_dir=finished", "--max_iters=1000", "--eval_interval=22", "--eval_iters=60000")
+    args = ("--init_from=resume", "--out_dir=finished", "--max_iters=1000", "--eval_interval=22", "--eval_iters=30000")
     process = start(*args)
     wait_for_line(process, "iter 21:")  # the next thing is an evaluation of seconds
     time.sleep(0.5)
@@ -294,8 +294,9 @@ def run_poisoned(workdir, environment, iterations: list[int], *args: str, expect
     """The trainer with a loss that is NaN on the batches of these iterations, as one bad text would make it."""
     (workdir / "poison.py").write_text(POISON.format(root=str(ROOT), iterations=iterations))
     done = subprocess.run(
-        [sys.executable, "poison.py", *args], cwd=workdir, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "poison.py", *args],
+        cwd=workdir, env=environment | QUICKLY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout, done.stderr
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("exact_and_quick")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forms_for_a_gpu_compute_the_same(monkeypatch, dtype, dropout_key):
     """What `platform_dependent` keeps from a CPU, computed on one: loss and every gradient."""
-    config = dataclasses.replace(TINY, n_embd=32, n_head=2, dtype=dtype, dropout=0.25)
+    config = dataclasses.replace(TINY, n_layer=1, n_embd=32, n_head=2, dtype=dtype, dropout=0.25)
     params = random_params(config)
     ids_BT, targets_BT = (jnp.asarray(random_ids(config, seed=seed)) for seed in (0, 1))
     key = None if dropout_key is None else jax.random.key(dropout_key)

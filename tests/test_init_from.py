@@ -77,22 +77,22 @@ def loss_of(workdir: Path, split: str, rows: int, block_size: int, sampling: str
     return float(cross_entropy(logits_BTV, jnp.asarray(y_BT)).mean())
 
 
-def test_training_goes_on_from_the_weights_and_resumes_as_any_run(run, tune):
-    done = run("train_jax.py", "tune.py")
+def test_training_goes_on_from_the_weights_and_resumes_as_any_run(quick, tune):
+    done = quick("train_jax.py", "tune.py")
     assert "Initializing from the weights of weights\n" in done.stdout
     assert losses(tune / "out")[0] == pytest.approx(loss_of(tune, "train", 6, 32, "random"), rel=1e-5)
     meta = jax_run_dir.read_meta(jax_run_dir.find_checkpoint(tune / "out")[0])
     assert meta["model"] == vars(MODEL) and meta["config"]["n_embd"] == 16 and meta["config"]["bias"] is True
 
     shutil.rmtree(tune / "weights")  # a checkpoint holds all it needs
-    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=6")
+    quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=6")
     write_weights(tune / "weights")
-    run("train_jax.py", "tune.py", "--out_dir=whole", "--max_iters=6")
+    quick("train_jax.py", "tune.py", "--out_dir=whole", "--max_iters=6")
     assert losses(tune / "out") == losses(tune / "whole") and len(losses(tune / "whole")) == 6
 
 
-def test_a_shorter_block_size_crops_and_dropout_is_the_options(run, tune):
-    done = run("train_jax.py", "tune.py", "--block_size=12", "--max_iters=1", "--dropout=0.4")
+def test_a_shorter_block_size_crops_and_dropout_is_the_options(quick, tune):
+    done = quick("train_jax.py", "tune.py", "--block_size=12", "--max_iters=1", "--dropout=0.4")
     (_, val_loss), *_ = evaluations(done.stdout)  # without dropout, and before any update
     assert val_loss == pytest.approx(loss_of(tune, "val", 6, 12, "spread"), abs=1e-4)
     assert abs(losses(tune / "out")[0] - loss_of(tune, "train", 6, 12, "random")) > 1e-3  # with dropout
@@ -100,21 +100,21 @@ def test_a_shorter_block_size_crops_and_dropout_is_the_options(run, tune):
     assert meta["model"]["block_size"] == 12 and meta["model"]["dropout"] == 0.4
 
 
-def test_eval_only_evaluates_the_weights_and_writes_nothing(run, tune):
+def test_eval_only_evaluates_the_weights_and_writes_nothing(quick, tune):
     before = fingerprints(tune)
-    done = run("train_jax.py", "tune.py", "--eval_only=True")
+    done = quick("train_jax.py", "tune.py", "--eval_only=True")
     assert fingerprints(tune) == before
-    trained = run("train_jax.py", "tune.py", "--max_iters=1", "--eval_interval=1")
+    trained = quick("train_jax.py", "tune.py", "--max_iters=1", "--eval_interval=1")
     assert len(evaluations(trained.stdout)) == 2
     assert evaluations(done.stdout) == evaluations(trained.stdout)[:1]
 
 
-def test_nanogpts_checkpoint_can_be_trained_on(run, tune):
+def test_nanogpts_checkpoint_can_be_trained_on(quick, tune):
     text = "abcdefghijklmnopqrstuvw"  # 23 tokens, as many as the checkpoint knows
     ids = np.random.default_rng(0).integers(0, 23, 500)
     jax_data.write_dataset(tune / "data" / "letters", "char", 23, ids[:400], ids[400:], itos=list(text))
     path = ROOT / "tests" / "fixtures" / "weights" / "nanogpt" / "ckpt.pt"
-    done = run("train_jax.py", "tune.py", f"--init_from={path}", "--dataset=letters", "--max_iters=1")
+    done = quick("train_jax.py", "tune.py", f"--init_from={path}", "--dataset=letters", "--max_iters=1")
     assert f"Initializing from the weights of {path}\n" in done.stdout
     meta = jax_run_dir.read_meta(jax_run_dir.find_checkpoint(tune / "out")[0])
     assert meta["model"]["gelu"] == "erf" and meta["model"]["bias"] is False and meta["model"]["block_size"] == 12
@@ -124,7 +124,7 @@ def test_nanogpts_checkpoint_can_be_trained_on(run, tune):
 @pytest.mark.parametrize(
     "name", ["eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl", "finetune_shakespeare"]
 )
-def test_config_file_for_gpt2s_weights_runs_as_it_is(run, tune, name):
+def test_config_file_for_gpt2s_weights_runs_as_it_is(quick, tune, name):
     """On weights and data of our own under the names it asks for: as if they had been downloaded and prepared."""
     config = ROOT / "config" / f"{name}.py"
     options = runpy.run_path(str(config))
@@ -137,7 +137,7 @@ def test_config_file_for_gpt2s_weights_runs_as_it_is(run, tune, name):
     offline = {"HF_HUB_CACHE": str(tune / "hub"), "HF_HUB_OFFLINE": "1"}
     before = fingerprints(tune)
     small = ["--device=cpu", "--eval_iters=2", "--max_iters=5"]
-    done = run("train_jax.py", str(config), *small, **offline)
+    done = quick("train_jax.py", str(config), *small, **offline)
     assert f"Initializing from OpenAI GPT-2 weights: {options['init_from']}\n" in done.stdout
     assert "note: gpt2" in done.stdout  # characters are not what it was trained on
     assert evaluations(done.stdout)

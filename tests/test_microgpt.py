@@ -24,6 +24,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.running import QUICKLY
+
+pytestmark = pytest.mark.usefixtures("exact_and_quick")
+
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROGRAMS = ["jax", "jax_batched", "mlx", "mlx_batched"]
@@ -302,7 +306,7 @@ def test_the_step_is_compiled_once_whatever_the_documents(program, few_names, en
     # in its own folder, as a reader starts it; 45 steps are four tens and a half
     done = subprocess.run(
         [sys.executable, "main.py", f"--input={few_names}", "--steps=45", "--samples=3"],
-        cwd=ROOT / "microgpt" / program, env=environment | {"JAX_LOG_COMPILES": "1"},
+        cwd=ROOT / "microgpt" / program, env=environment | QUICKLY | {"JAX_LOG_COMPILES": "1"},
         text=True, capture_output=True, timeout=300, check=True,
     )  # fmt: skip
     compiled = re.findall(r"Compiling jit\((\w+)\)", done.stderr)

@@ -17,6 +17,7 @@ import jax_processes
 import jax_run_dir
 from jax_processes import Processes, ProcessesError
 from tests import torture
+from tests.running import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 # Losses that do not depend on the number of devices; at a lower rate rounding errors stay small for longer.
@@ -44,7 +45,7 @@ def start(workdir: Path, environment: dict[str, str]) -> Iterator:
             place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_jax.py"), *args, *(second if index else ())],
-                cwd=workdir, env=environment | place, text=True, stdin=subprocess.DEVNULL,
+                cwd=workdir, env=environment | QUICKLY | place, text=True, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             started.append(process)
@@ -64,9 +65,9 @@ def finish(processes: list[subprocess.Popen[str]], expect: int) -> tuple[list[st
     return [out for out, _ in told], [err for _, err in told]
 
 
-def test_two_processes_are_one_run_with_the_losses_of_one_and_a_signal_to_either_stops_both(start, run, workdir):
+def test_two_processes_are_one_run_with_the_losses_of_one_and_a_signal_to_either_stops_both(start, quick, workdir):
     long = (*EXACT, "--max_iters=300", "--learning_rate=1e-4", "--min_lr=1e-4", "--eval_interval=1000")
-    run("train_jax.py", *long, "--out_dir=straight")
+    quick("train_jax.py", *long, "--out_dir=straight")
     first, second = start(*long)
     assert first.stdout is not None
     assert any(line.startswith("iter 5:") for line in first.stdout), first.communicate()
@@ -84,7 +85,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one_and_a_signal_to_either
         "metrics.jsonl",
     ]
 
-    resumed = run("train_jax.py", "--init_from=resume", "--out_dir=out")
+    resumed = quick("train_jax.py", "--init_from=resume", "--out_dir=out")
     assert "resuming on 1 x cpu, which was 2 x cpu: losses will agree up to rounding" in resumed.stdout
     assert losses(workdir / "out") == pytest.approx(losses(workdir / "straight"), abs=1e-5)
 
@@ -119,7 +120,7 @@ def test_mistake_of_one_process_is_told_by_that_one_and_ends_both(start, workdir
     assert not (workdir / "out").exists()
 
 
-def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(start, run, workdir):
+def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(start, quick, workdir):
     slowly = ("--learning_rate=1e-4", "--min_lr=1e-4")
     long = (*EXACT, *slowly, "--max_iters=2000", "--eval_interval=20", "--keep_checkpoints=50")
     first, second = start(*long)
@@ -135,20 +136,20 @@ def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(star
 
     goal = f"--max_iters={step + 12}"
     finish(start("--init_from=resume", "--out_dir=out", goal), expect=0)
-    run("train_jax.py", *long, goal, "--out_dir=straight")
+    quick("train_jax.py", *long, goal, "--out_dir=straight")
     assert losses(workdir / "out") == pytest.approx(losses(workdir / "straight"), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_start_from_weights_and_only_evaluate_as_one_does(start, run, workdir, finished):
-    run("export_jax.py", "--out_dir=finished", "--hf_dir=weights")
+def test_two_processes_start_from_weights_and_only_evaluate_as_one_does(start, quick, workdir, finished):
+    quick("export_jax.py", "--out_dir=finished", "--hf_dir=weights")
     args = (*EXACT, "--init_from=weights", "--max_iters=3", "--sampling=epoch", "--eval_iters=3")
     finish(start(*args), expect=0)
-    run("train_jax.py", *args, "--out_dir=straight")
+    quick("train_jax.py", *args, "--out_dir=straight")
     assert losses(workdir / "out") == pytest.approx(losses(workdir / "straight"), abs=1e-5)
     eval_only = ("--init_from=resume", "--out_dir=finished", "--eval_only=True")
     printed, _ = finish(start(*eval_only), expect=0)
-    assert printed[0].splitlines()[-1] == run("train_jax.py", *eval_only).stdout.splitlines()[-1]
+    assert printed[0].splitlines()[-1] == quick("train_jax.py", *eval_only).stdout.splitlines()[-1]
     assert printed[1] == ""
 
 

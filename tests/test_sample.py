@@ -29,9 +29,9 @@ def samples(stdout: str, prompt: str) -> list[str]:
     return [text.removeprefix(prompt) for text in texts]
 
 
-def test_samples_are_text_of_the_vocabulary_in_nanogpts_form(run, workdir, finished):
+def test_samples_are_text_of_the_vocabulary_in_nanogpts_form(quick, workdir, finished):
     shutil.rmtree(workdir / "data")  # the codec is in the checkpoint
-    done = run("sample_jax.py", "--out_dir=finished", "--start=the cat", "--num_samples=3", "--max_new_tokens=40")
+    done = quick("sample_jax.py", "--out_dir=finished", "--start=the cat", "--num_samples=3", "--max_new_tokens=40")
     texts = samples(done.stdout[done.stdout.index("= 40") :], "the cat")
     assert [len(text) for text in texts] == [40, 40, 40]  # well past the window of 16 tokens
     assert len(set(texts)) == 3
@@ -39,10 +39,10 @@ def test_samples_are_text_of_the_vocabulary_in_nanogpts_form(run, workdir, finis
 
 
 @pytest.mark.slow
-def test_a_sample_depends_on_seed_and_row_only(run, finished):
+def test_a_sample_depends_on_seed_and_row_only(quick, finished):
     def draw(*args: str) -> list[str]:
         common = ("--out_dir=finished", "--start=a dog", "--max_new_tokens=20")
-        return samples(run("sample_jax.py", *common, *args).stdout.split("Overriding")[-1], "a dog")
+        return samples(quick("sample_jax.py", *common, *args).stdout.split("Overriding")[-1], "a dog")
 
     two = draw("--num_samples=2")
     assert draw("--num_samples=4")[:2] == two
@@ -50,9 +50,9 @@ def test_a_sample_depends_on_seed_and_row_only(run, finished):
     assert len(set(draw("--num_samples=2", "--top_k=1"))) == 1  # only the likeliest: no chance left
 
 
-def test_greedy_continuation_is_the_argmax_of_the_forward_pass(run, workdir, finished):
+def test_greedy_continuation_is_the_argmax_of_the_forward_pass(quick, workdir, finished):
     (workdir / "prompt.txt").write_text("the house ran to my mat and")  # longer than the window
-    done = run("sample_jax.py", "--out_dir=finished", "--start=FILE:prompt.txt", "--temperature=0", "--num_samples=1",
+    done = quick("sample_jax.py", "--out_dir=finished", "--start=FILE:prompt.txt", "--temperature=0", "--num_samples=1",
                "--max_new_tokens=30")  # fmt: skip
     assert "the longest prompt has 27 tokens: only the last 16 fit in the model's window\n" in done.stderr
     (text,) = samples(done.stdout, "the house ran to my mat and")
@@ -71,7 +71,7 @@ def test_greedy_continuation_is_the_argmax_of_the_forward_pass(run, workdir, fin
     assert text == "".join(itos[i] for i in ids[27:])
 
 
-def test_padded_vocabulary_is_never_sampled(run, workdir, finished, environment):
+def test_padded_vocabulary_is_never_sampled(quick, workdir, finished, environment):
     """A model of 50304 rows knows 50257 tokens. Here: 15 rows, of which the codec is told it has 14."""
     import json
 
@@ -82,16 +82,18 @@ def test_padded_vocabulary_is_never_sampled(run, workdir, finished, environment)
     meta["codec"]["vocab_size"] -= 1
     path.write_text(json.dumps(meta))
     jax_manifest.write_manifest(step_dir)
-    done = run("sample_jax.py", "--out_dir=finished", "--start=a", "--temperature=5", "--top_k=None", "--num_samples=5")
+    done = quick(
+        "sample_jax.py", "--out_dir=finished", "--start=a", "--temperature=5", "--top_k=None", "--num_samples=5"
+    )
     texts = samples(done.stdout.split("num_samples = 5\n")[-1], "a")
     assert len("".join(texts)) == 5 * 500 and dropped not in "".join(texts)
 
 
-def test_stream_prints_the_same_samples(run, workdir, finished):
+def test_stream_prints_the_same_samples(quick, workdir, finished):
     (workdir / "prompts.txt").write_text("the cat\n\nmy dog ran to the house and\n")
     common = ("--out_dir=finished", "--start=FILE:prompts.txt", "--prompt_per_line=True", "--num_samples=2",
               "--max_new_tokens=30", "--stop=['at', 'og', ' ']", "--top_p=0.9", "--min_p=0.01")  # fmt: skip
-    batch, streamed = run("sample_jax.py", *common), run("sample_jax.py", *common, "--stream=True")
+    batch, streamed = quick("sample_jax.py", *common), quick("sample_jax.py", *common, "--stream=True")
     printed = batch.stdout.split("min_p = 0.01\n")[-1]
     texts = printed.split("\n---------------\n")
     assert len(texts) == 5 and texts[-1] == ""
@@ -103,8 +105,8 @@ def test_stream_prints_the_same_samples(run, workdir, finished):
         assert re.search(r"^\d+ new tokens in \d+\.\d\d s", done.stderr, re.MULTILINE)
 
 
-def test_no_new_tokens_print_the_prompt(run, finished):
-    done = run("sample_jax.py", "--out_dir=finished", "--start=a cat", "--num_samples=1", "--max_new_tokens=0")
+def test_no_new_tokens_print_the_prompt(quick, finished):
+    done = quick("sample_jax.py", "--out_dir=finished", "--start=a cat", "--num_samples=1", "--max_new_tokens=0")
     assert done.stdout.endswith("max_new_tokens = 0\na cat\n---------------\n")
 
 
@@ -138,7 +140,7 @@ def test_stop_is_a_text_or_a_list_of_them(text, expected):
     assert sample_jax.stop_strings(text) == expected
 
 
-def test_sampling_from_weights_that_are_not_a_runs(run, workdir):
+def test_sampling_from_weights_that_are_not_a_runs(quick, workdir):
     """Weights in transformers' form, and a tokenizer whose ids are the characters' numbers."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=50257, bias=True)
     save_hf(init_params(config, jax.random.key(0)), config, workdir / "some" / "folder")
@@ -146,31 +148,31 @@ def test_sampling_from_weights_that_are_not_a_runs(run, workdir):
     save_hf(init_params(config, jax.random.key(0)), config, workdir / "small")
     (workdir / "tiktoken.py").write_text(TIKTOKEN_STAND_IN)
     common = ("sample_jax.py", "--start=Hi", "--num_samples=2", "--max_new_tokens=5")
-    done = run(*common, "--init_from=some/folder", PYTHONPATH=str(workdir))
+    done = quick(*common, "--init_from=some/folder", PYTHONPATH=str(workdir))
     assert [len(text) for text in samples(done.stdout.split("some/folder\n")[-1], "Hi")] == [5, 5]
-    refused = run(*common, "--init_from=nowhere", PYTHONPATH=str(workdir), expect=2)
+    refused = quick(*common, "--init_from=nowhere", PYTHONPATH=str(workdir), expect=2)
     assert refused.stderr.startswith("error: 'nowhere' is neither a GPT-2 nor a directory or file that is there")
     assert refused.stderr.count("\n") == 1
-    refused = run(*common, "--init_from=small", PYTHONPATH=str(workdir), expect=2)
+    refused = quick(*common, "--init_from=small", PYTHONPATH=str(workdir), expect=2)
     assert refused.stderr == (
         "error: small has a vocabulary of 200, and the gpt2 tokenizer one of 50257: put the meta.json of the data that "
         "it was trained on beside the weights\n"
     )
 
 
-def test_an_exported_char_model_is_sampled_with_its_own_characters(run, workdir, finished):
+def test_an_exported_char_model_is_sampled_with_its_own_characters(quick, workdir, finished):
     nothing = {"TIKTOKEN_CACHE_DIR": str(workdir / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9"}  # no GPT-2 tokenizer
-    run("export_jax.py", "--out_dir=finished", "--hf_dir=mine")
-    common = ("sample_jax.py", "--start=the cat", "--num_samples=2", "--max_new_tokens=20")
-    exported = run(*common, "--init_from=mine", **nothing)
+    quick("export_jax.py", "--out_dir=finished", "--hf_dir=mine")
+    common = ("sample_jax.py", "--start=the cat", "--num_samples=3", "--max_new_tokens=20")
+    exported = quick(*common, "--init_from=mine", **nothing)
     texts = samples(exported.stdout.split("= 20\n")[-1], "the cat")
-    assert texts == samples(run(*common, "--out_dir=finished").stdout.split("= 20\n")[-1], "the cat")
-    one_file = run(*common, "--init_from=mine/model.safetensors", **nothing)
+    assert texts == samples(quick(*common, "--out_dir=finished").stdout.split("= 20\n")[-1], "the cat")
+    one_file = quick(*common, "--init_from=mine/model.safetensors", **nothing)
     assert samples(one_file.stdout.split("= 20\n")[-1], "the cat") == texts
-    refused = run(*common, "--init_from=data", **nothing, expect=2)  # before the tokenizer is asked for
+    refused = quick(*common, "--init_from=data", **nothing, expect=2)  # before the tokenizer is asked for
     assert refused.stderr.startswith("error: data has no config.json") and refused.stderr.count("\n") == 1
     (workdir / "mine" / "meta.json").write_text('{"tokenizer": "char"')
-    refused = run(*common, "--init_from=mine", expect=2)
+    refused = quick(*common, "--init_from=mine", expect=2)
     assert refused.stderr.startswith("error: mine/meta.json cannot be read") and refused.stderr.count("\n") == 1
 
 

@@ -169,8 +169,8 @@ def test_ctrl_c_ends_an_evaluation_at_once_and_says_nothing(workdir, environment
     assert (process.returncode, errors) == (130, "") and "train loss" not in out
 
 
-def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
-    done = run(
+def test_divergence_stops_with_3_and_saves_nothing_bad(quick, workdir):
+    done = quick(
         "train_jax.py",
         "tiny.py",
         "--learning_rate=3e38",
@@ -187,21 +187,23 @@ def test_divergence_stops_with_3_and_saves_nothing_bad(run, workdir):
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
-def test_state_whose_evaluation_is_not_finite_is_never_saved(run, workdir):
+def test_state_whose_evaluation_is_not_finite_is_never_saved(quick, workdir):
     # loss and gradient of iteration 0 are finite, 3e38 x (1 + 100 x weight) is not; the next thing is an evaluation
     wreck = (
         "--learning_rate=3e38",
         "--weight_decay=100",
         "--warmup_iters=0",
         "--grad_clip=0",
+        "--batch_size=12",
         "--eval_interval=1",
         "--max_iters=1",
     )
-    done = run("train_jax.py", "tiny.py", *wreck, expect=3)
+    done = quick("train_jax.py", "tiny.py", *wreck, expect=3)
     assert "training diverged before step 1: the evaluation is not finite" in the_error(done)
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow  # tests/test_kill.py kills at more moments, and compares more
 def test_killed_run_resumes_to_the_same_losses(run, workdir, environment):
     run("train_jax.py", "tiny.py", "--out_dir=straight", "--max_iters=200", "--eval_interval=50")
     process = start(workdir, environment, "tiny.py", "--max_iters=200", "--eval_interval=50")
@@ -214,8 +216,8 @@ def test_killed_run_resumes_to_the_same_losses(run, workdir, environment):
 
 
 @pytest.mark.slow
-def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
-    run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=2")
+def test_divergence_is_found_after_a_resume_that_left_float16(quick, workdir):
+    quick("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=2")
     wreck = (
         "--learning_rate=3e38",
         "--weight_decay=100",
@@ -224,35 +226,35 @@ def test_divergence_is_found_after_a_resume_that_left_float16(run, workdir):
         "--max_iters=12",
         "--eval_interval=100",
     )
-    done = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--dtype=float32", *wreck, expect=3)
+    done = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--dtype=float32", *wreck, expect=3)
     assert "training diverged at iteration 3" in the_error(done)
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_as_float32_does(run, workdir, finished):
-    done = run("train_jax.py", "tiny.py", "--dtype=bfloat16")
+def test_bfloat16_learns_as_float32_does(quick, workdir, finished):
+    done = quick("train_jax.py", "tiny.py", "--dtype=bfloat16")
     assert "computing in bfloat16 on 1 x cpu" in done.stdout
     ours, theirs = ([r["loss"] for r in metrics(folder) if "loss" in r] for folder in (workdir / "out", finished))
     assert ours == pytest.approx(theirs, abs=0.3) and ours != theirs
 
 
-def test_float16_resumes_exactly_with_its_loss_scale(run, workdir, finished):
+def test_float16_resumes_exactly_with_its_loss_scale(quick, workdir, finished):
     # 2^16 times the loss overflows at first: the scale must have come down, and must come back from the checkpoint
-    run("train_jax.py", "tiny.py", "--dtype=float16", "--out_dir=straight")
-    run("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=10")
-    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
+    quick("train_jax.py", "tiny.py", "--dtype=float16", "--out_dir=straight")
+    quick("train_jax.py", "tiny.py", "--dtype=float16", "--max_iters=10")
+    quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=20")
     records = metrics(workdir / "out")
     assert without_times(records) == without_times(metrics(workdir / "straight"))
     assert records[-1]["val/loss"] < records[0]["val/loss"] - 0.2
 
 
-def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(run, workdir):
+def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(quick, workdir):
     # 12 rows an iteration: 4 devices take 3 each, of 8 devices 6 take 2 each
     rows = ("tiny.py", "--gradient_accumulation_steps=3", "--dropout=0", "--max_iters=10", "--eval_iters=5")
     losses = {}
     for devices, line in ((1, "3 x 4 rows"), (4, "1 x 3 rows"), (8, "1 x 2 rows")):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        done = run("train_jax.py", *rows, f"--out_dir=out{devices}", **flags)
+        done = quick("train_jax.py", *rows, f"--out_dir=out{devices}", **flags)
         assert "tokens per iteration will be: 192\n" in done.stdout
         assert f"{line} on each per iteration" in done.stdout
         assert ("using 6 of 8 devices" in done.stdout) == (devices == 8)
@@ -263,21 +265,27 @@ def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(run, workdir):
     assert losses[4] == pytest.approx(losses[1], abs=1e-5)
     assert losses[8] == pytest.approx(losses[1], abs=1e-5)
 
-    # and a run of one device goes on with 4, then with 2; one of 8 with 1
-    for out_dir, before, devices, max_iters in (("out1", 1, 4, 14), ("out1", 4, 2, 18), ("out8", 6, 1, 18)):
+    # and a run of one device goes on with 4, then with 6 of 8; one of 8 with 1
+    for out_dir, before, devices, used, max_iters in (
+        ("out1", 1, 4, 4, 14),
+        ("out1", 4, 8, 6, 18),
+        ("out8", 6, 1, 1, 18),
+    ):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        resumed = run("train_jax.py", "--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", **flags)
-        assert re.search(rf"^resuming on {devices} x cpu, which was {before} x cpu: losses .*$", resumed.stdout, re.M)
+        resumed = quick(
+            "train_jax.py", "--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", **flags
+        )
+        assert re.search(rf"^resuming on {used} x cpu, which was {before} x cpu: losses .*$", resumed.stdout, re.M)
     tail = [[r["loss"] for r in metrics(workdir / f"out{n}") if "loss" in r] for n in (1, 8)]
     assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
 
 
-def test_scanned_layers_train_as_unrolled_ones(run, workdir):
+def test_scanned_layers_train_as_unrolled_ones(quick, workdir):
     losses, loops = {}, {}
     for scan in (False, True):
         ir = workdir / f"ir{scan}"
         options = ("--gradient_accumulation_steps=1", f"--scan_layers={scan}", f"--out_dir=out{scan}")
-        run("train_jax.py", "tiny.py", *options, JAX_DUMP_IR_TO=str(ir))
+        quick("train_jax.py", "tiny.py", *options, JAX_DUMP_IR_TO=str(ir))
         (step,) = (path.read_text() for path in ir.glob("*jit_train_step*"))
         loops[scan] = step.count("stablehlo.while")
         losses[scan] = [value for r in metrics(workdir / f"out{scan}") for key, value in r.items() if "loss" in key]

@@ -34,18 +34,18 @@ def test_directory_with_a_run_is_refused_and_overwrite_removes_only_the_run(run,
     assert (finished / "notes.txt").read_text() == "mine"
 
 
-def test_resume_keeps_options_and_names_each_one_changed(run, workdir):
-    run("train_jax.py", "tiny.py", "--max_iters=2", "--weight_decay=0.3", "--seed=7")
+def test_resume_keeps_options_and_names_each_one_changed(quick, workdir):
+    quick("train_jax.py", "tiny.py", "--max_iters=2", "--weight_decay=0.3", "--seed=7")
     (workdir / "more.py").write_text("max_iters = 4\nlearning_rate = 1e-2\n")
-    done = run("train_jax.py", "more.py", "--init_from=resume", "--out_dir=out", "--beta2=0.9")
+    done = quick("train_jax.py", "more.py", "--init_from=resume", "--out_dir=out", "--min_lr=1e-3")
     changes = [line for line in done.stdout.splitlines() if line.startswith("resuming with ")]
     assert sorted(changes) == [
-        "resuming with beta2 = 0.9, which was 0.95 (--beta2=0.9)",
         "resuming with max_iters = 4, which was 2 (more.py)",
+        "resuming with min_lr = 0.001, which was 6e-05 (--min_lr=1e-3)",
     ]
     config = json.loads((workdir / "out" / "config.json").read_text())
-    assert (config["weight_decay"], config["seed"], config["beta2"], config["max_iters"]) == (0.3, 7, 0.9, 4)
-    shown = run("train_jax.py", "--init_from=resume", "--out_dir=out", "--print_config=True", "--max_iters=9").stdout
+    assert (config["weight_decay"], config["seed"], config["min_lr"], config["max_iters"]) == (0.3, 7, 1e-3, 4)
+    shown = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--print_config=True", "--max_iters=9").stdout
     assert re.search(r"^eval_only *= False +# default$", shown, re.M)
     assert re.search(r"^seed *= 7 +# the checkpoint$", shown, re.M)
     assert re.search(r"^max_iters *= 9 +# --max_iters=9$", shown, re.M)
@@ -85,11 +85,11 @@ def test_resume_of_a_finished_run_does_nothing(run, finished):
     assert fingerprints(finished / "checkpoints") == before
 
 
-def test_best_is_the_lowest_validation_loss_and_latest_is_kept_beside_it(run, workdir):
+def test_best_is_the_lowest_validation_loss_and_latest_is_kept_beside_it(quick, workdir):
     # a rate that first learns, then wrecks: the best is not the last
     schedule = ("--learning_rate=2e-2", "--warmup_iters=0", "--decay_lr=False", "--dropout=0")
-    run("train_jax.py", "tiny.py", *schedule, "--max_iters=20", "--eval_interval=5")
-    run("train_jax.py", "--init_from=resume", "--out_dir=out", "--learning_rate=5", "--max_iters=30")
+    quick("train_jax.py", "tiny.py", *schedule, "--max_iters=20", "--eval_interval=5")
+    quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--learning_rate=5", "--max_iters=30")
     losses = {r["iter"]: r["val/loss"] for r in metrics(workdir / "out") if "val/loss" in r}
     best = min(losses, key=lambda step: losses[step])
     assert best <= 20 and losses[30] > losses[best] + 1
