@@ -18,6 +18,7 @@ import jax_data
 
 pytest.register_assert_rewrite("tests.parsing", "tests.preparing", "tests.running", "tests.weight_files")
 from tests.running import QUICKLY  # noqa: E402
+from tests.warm_start import run_warm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,11 +82,19 @@ def write_tiny_dataset(folder: Path) -> None:
     jax_data.write_dataset(folder, "char", len(itos), ids[:20_000], ids[20_000:], itos=itos)
 
 
-def run_script(folder: Path, environment: dict[str, str], script: str, *args: str, expect: int = 0, **env: str):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *args],
-        cwd=folder, env=environment | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
-    )  # fmt: skip
+def run_script(
+    folder: Path, environment: dict[str, str], script: str, *args: str, expect: int = 0, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """A script to its end. fresh: in a new Python, as also where `env` has what Python or JAX reads when it begins."""
+    command = (str(ROOT / script), *args)
+    quickly = env.items() >= QUICKLY.items()
+    if fresh or any(name.startswith(("PYTHON", "JAX_")) and name not in QUICKLY for name in env):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=folder, env=environment | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+    else:
+        done = run_warm(folder, environment | env, *command, optimised=not quickly)
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -118,7 +127,7 @@ def one_finished_run(tmp_path_factory: pytest.TempPathFactory, environment: dict
     folder = tmp_path_factory.mktemp("finished")
     write_tiny_dataset(folder / "data" / "tiny")
     (folder / "tiny.py").write_text(TINY)
-    done = run_script(folder, environment, "train_jax.py", "tiny.py", "--out_dir=finished")
+    done = run_script(folder, environment, "train_jax.py", "tiny.py", "--out_dir=finished", fresh=True)
     return folder / "finished", done.stdout
 
 

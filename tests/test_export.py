@@ -54,7 +54,7 @@ def gpt2_run(workdir: Path) -> GPTConfig:
 
 
 def test_export_of_a_run_loads_as_the_run_bit_for_bit(run, workdir, finished):
-    done = run("export_jax.py", "--out_dir=finished", "--hf_dir=my-gpt2")
+    done = run("export_jax.py", "--out_dir=finished", "--hf_dir=my-gpt2", fresh=True)
     assert "exported finished/checkpoints/20 to my-gpt2:" in done.stdout
     assert {path.name for path in (workdir / "my-gpt2").iterdir()} == WEIGHTS | {"meta.json"}
     assert "transformers has no tokenizer of kind 'char': meta.json says what the ids mean" in done.stdout

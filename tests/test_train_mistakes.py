@@ -76,5 +76,5 @@ def test_out_of_memory_is_one_line_that_says_what_to_halve(run):
 
 def test_mistake_in_a_config_file_names_the_file(run, workdir):
     (workdir / "typo.py").write_text("n_layers = 3\n")
-    error = the_error(run("train_jax.py", "tiny.py", "typo.py", expect=2))
+    error = the_error(run("train_jax.py", "tiny.py", "typo.py", expect=2, fresh=True))
     assert "typo.py" in error and "n_layers" in error and "n_layer'" in error
