@@ -22,8 +22,10 @@ ON_GPU = jax_ops.on_nvidia_gpu("bfloat16")
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
+def interpreted(monkeypatch, request):
     monkeypatch.setattr(jax_gpu_kernels, "INTERPRET", not ON_GPU)
+    if not ON_GPU:
+        request.getfixturevalue("exact_and_quick")
 
 
 def normal(number: int, *shape: int, dtype="bfloat16") -> jax.Array:
@@ -34,6 +36,7 @@ def assert_same_gradients(ours, theirs, arrays, *, tolerance: float):
     """Values and gradients of a function of 16-bit arrays, and of another of the same arrays in float32, which is as
     near as 16 bits allow: to `tolerance` of the largest element."""
 
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, arrays):
         value, pull = jax.vjp(function, *arrays)
         weights = jax.tree.map(lambda a: jax.random.normal(jax.random.key(9), a.shape).astype(a.dtype), value)
