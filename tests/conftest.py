@@ -85,10 +85,15 @@ def write_tiny_dataset(folder: Path) -> None:
 def run_script(
     folder: Path, environment: dict[str, str], script: str, *args: str, expect: int = 0, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """A script to its end. fresh: in a new Python, as also where `env` has what Python or JAX reads when it begins."""
+    """A script to its end. fresh: in a new Python, as also where `env` has what Python or JAX reads when it begins, and
+    on macOS, whose libraries a process must not be forked with."""
     command = (str(ROOT / script), *args)
     quickly = env.items() >= QUICKLY.items()
-    if fresh or any(name.startswith(("PYTHON", "JAX_")) and name not in QUICKLY for name in env):
+    if (
+        fresh
+        or sys.platform != "linux"
+        or any(name.startswith(("PYTHON", "JAX_")) and name not in QUICKLY for name in env)
+    ):
         done = subprocess.run(
             [sys.executable, *command],
             cwd=folder, env=environment | env, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
