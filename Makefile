@@ -44,7 +44,8 @@ $(VENV)/bin/python:
 	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12 ..."; exit 1; }
 	$(if $(UV),$(UV) venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
 
-INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# Without byte code, as uv does it: Python compiles what it imports, the first time, which is far less than there is.
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check)
 
 $(VENV)/train-$(JAX): requirements_jax.txt | $(VENV)/bin/python
 	@echo "installing packages into $(VENV) (JAX for $(JAX)), about a minute ..."

@@ -1,14 +1,15 @@
-"""On an NVIDIA GPU, in 16 bits: LayerNorm, GELU, the loss, and attention with dropout, each a kernel of its own.
+"""On an NVIDIA GPU, in 16 bits: LayerNorm, GELU, the loss, and attention with dropout, each in one pass over memory.
 
 Between its matrix products a GPT waits for memory, and for erf and exp. What XLA makes of these functions goes through
 its tensors up to twice as often as it has to, since it never joins a sum over a row with what follows from it, and
 takes many instructions for an exponential. BENCHMARKS.md has what this gives. Without dropout, attention is cuDNN's.
 
-The kernels are written in Pallas, and XLA compiles them by Triton, for Ampere and later. (Of this way into Triton JAX
-says that a version to come will be without it; XLA's own code then takes over, or one writes them for Mosaic.) A kernel
-is run by each program of a grid, on pieces of arrays ("refs") that its BlockSpecs cut out. What it loads has to be a
-power of two long: a row of D numbers is loaded as C, and those that are not there are masked. Nothing is added up in an
-order left to chance: the same input gives the same bits.
+The kernels are written in Pallas, and XLA compiles them by Triton, for Ampere and later. JAX says that a version to
+come will be without this way to Triton; they then have to be written for Mosaic, its other one to a GPU, and until they
+are, XLA's own code takes their place. A kernel is run by each program of a grid, on pieces of arrays ("refs") that its
+BlockSpecs cut out. What it loads has to be a power of two long: a row of D numbers is loaded as C, and those that are
+not there are masked. Nothing is added up in an order left to chance: the same input gives the same bits. Gradients are
+written by hand, and have none themselves.
 
 `jax_transformer` decides where they are used. Dimension key: there; here also C columns, the power of two, and P
 programs.
@@ -19,6 +20,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -103,7 +105,7 @@ def _layer_norm_forward(x_RD, scale_D, bias_D):
         grid=(R // rows,),
         in_specs=[of_rows, weight, weight],
         out_specs=(of_rows, of_row, of_row),
-        warps=max(1, rows * C // 1024),
+        warps=min(32, max(1, rows * C // 1024)),
     )(x_RD, scale_D, scale_D if bias_D is None else bias_D)
     return (x_RD, y_RD), (x_RD, mean_R, rstd_R, scale_D, bias_D)
 
@@ -184,9 +186,10 @@ gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
 
 
 def _normal_tail(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Phi(-|x|) to 1.3e-5, where 16 bits tell 1e-3 apart, and the density at x.
+    """Phi(-|x|) to 1.3e-5, and the density at x.
 
     Abramowitz & Stegun 1964, 7.1.25: erfc by one exponential, which is the density's, too, and a polynomial of 1 / x.
+    GELU is right to 2.4e-5 then: to the last of bfloat16's digits down to -2.5, and to 1 % at -4, where it is 1e-4.
     """
     t = 1 / (1 + 0.47047 * math.sqrt(0.5) * jnp.abs(x))
     exponential = _exp(-0.5, x * x)
@@ -236,8 +239,8 @@ def _cross_entropy_forward(logits_RV, targets_R):
 
 
 def _cross_entropy_backward(dlogits_RV, dloss_R):
-    # Where it is the mean whose gradient is asked for, this is the number 1, and XLA leaves the product out.
-    factor_R = dloss_R * dloss_R.size
+    # Where it is the mean whose gradient is asked for, this is 1 / R by itself, so 1, and XLA leaves the product out.
+    factor_R = dloss_R / np.float32(1 / dloss_R.size)
     return (dlogits_RV * factor_R[:, None]).astype(dlogits_RV.dtype), None
 
 
@@ -252,10 +255,11 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
         row = pl.program_id(0)
         target = targets_ref[row]
         target = jnp.where(target < 0, target + V, target)  # as a lookup counts it
+        target = jnp.where(target < 0, V, target)  # out of range, too
         target_logit = triton.load(logits_ref.at[row, target], mask=target < V, other=jnp.nan).astype(jnp.float32)
 
         def columns(i):
-            """Of tile i; the last axis is what one thread reads at a time."""
+            """Of tile i; the last axis is what one thread reads at a time, where a row begins at a whole 16 bytes."""
             first, rest = (jax.lax.broadcasted_iota(jnp.int32, (tile // 8, 8), axis) for axis in (0, 1))
             return i * tile + first * 8 + rest
 
@@ -284,7 +288,9 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
                 return following
 
             jax.lax.fori_loop(0, pl.cdiv(V, tile), gradient, load(0))
-            here = columns(target // tile)  # the thread that wrote p there writes what it is in the end
+            if not INTERPRET:  # where there are no threads
+                triton.debug_barrier()  # all have written: now the one number that is not p / R
+            here = columns(target // tile)
             at_target = jnp.full(here.shape, (_exp(1, target_logit - log_total) - 1) / R, dlogits_ref.dtype)
             triton.store(dlogits_ref.at[row, here], at_target, mask=(here == target) & (here < V))
 
@@ -448,5 +454,5 @@ def _scores(q, k, i, j) -> jax.Array:
 def _is_kept(seed_ref, g, T: int, i, j, tile: int, rate: float) -> jax.Array:
     """Which weights of head g jax_ops.dropout keeps of all of them, (G, T, S)."""
     queries, keys = _positions(i, j, tile)
-    index = ((g * T + queries) * T + keys).astype(jnp.uint32)
+    index = (jnp.uint32(g * T) + queries.astype(jnp.uint32)) * jnp.uint32(T) + keys.astype(jnp.uint32)
     return is_kept(index, seed_ref[0], seed_ref[1], rate)

@@ -76,10 +76,16 @@ GPT2_SIZES = {
 
 def gpu_kernels(dtype: jax.typing.DTypeLike) -> Any:
     """The module jax_gpu_kernels, or None where its kernels do not run."""
-    if not on_nvidia_gpu(dtype):
-        return None
-    import jax_gpu_kernels  # with all of Pallas, which a start on a CPU does without
+    return _gpu_kernels() if on_nvidia_gpu(dtype) else None
 
+
+@functools.cache
+def _gpu_kernels() -> Any:
+    try:
+        import jax_gpu_kernels  # with all of Pallas, which a start on a CPU does without
+    except ImportError as error:
+        print(f"note: {error}, so XLA's own code takes the place of jax_gpu_kernels.py, and is slower")
+        return None
     return jax_gpu_kernels
 
 
@@ -91,10 +97,13 @@ def gelu(x_RF: jax.Array, form: str) -> jax.Array:
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of what `forward` gives."""
-    kernels = gpu_kernels(logits_BTV.dtype)
+    # The kernel rounds the gradient before float16's loss scale can lift it.
+    kernels = gpu_kernels(logits_BTV.dtype) if logits_BTV.dtype == jnp.bfloat16 else None
     if kernels is None:
         return jax_ops.cross_entropy(logits_BTV, targets_BT)
-    losses_R = kernels.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
+    assert logits_BTV.shape[:-1] == targets_BT.shape, f"logits {logits_BTV.shape} do not fit targets {targets_BT.shape}"
+    with jax.named_scope("loss"):
+        losses_R = kernels.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
     return losses_R.reshape(targets_BT.shape)
 
 

@@ -136,8 +136,8 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_one_never_stopped
 @pytest.mark.parametrize(
     ("option", "last_line"),
     [
-        ("--eval_iters=400000", "iter 21:"),  # the next thing is an evaluation of many seconds
         ("--gradient_accumulation_steps=100000", "number of parameters"),  # a training step of many seconds
+        pytest.param("--eval_iters=400000", "iter 21:", marks=pytest.mark.slow),  # an evaluation of many seconds
     ],
 )
 def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, option, last_line):
