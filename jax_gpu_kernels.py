@@ -223,6 +223,11 @@ def _by_element(function, *arrays: jax.Array) -> jax.Array:
 # loss
 
 
+def fits_cross_entropy(V: int) -> bool:
+    """Whether `cross_entropy` is fast for V logits a row: one tile of them, or rows that begin at a whole 16 bytes."""
+    return V <= LOGITS_TILE or V % 8 == 0
+
+
 @jax.custom_vjp
 def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> jax.Array:
     """jax_ops.cross_entropy, (R,) float32.
@@ -259,7 +264,7 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
         target_logit = triton.load(logits_ref.at[row, target], mask=target < V, other=jnp.nan).astype(jnp.float32)
 
         def columns(i):
-            """Of tile i; the last axis is what one thread reads at a time, where a row begins at a whole 16 bytes."""
+            """Of tile i; the last axis is what one thread reads at a time."""
             first, rest = (jax.lax.broadcasted_iota(jnp.int32, (tile // 8, 8), axis) for axis in (0, 1))
             return i * tile + first * 8 + rest
 

@@ -99,7 +99,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of what `forward` gives."""
     # The kernel rounds the gradient before float16's loss scale can lift it.
     kernels = gpu_kernels(logits_BTV.dtype) if logits_BTV.dtype == jnp.bfloat16 else None
-    if kernels is None:
+    if kernels is None or not kernels.fits_cross_entropy(logits_BTV.shape[-1]):
         return jax_ops.cross_entropy(logits_BTV, targets_BT)
     assert logits_BTV.shape[:-1] == targets_BT.shape, f"logits {logits_BTV.shape} do not fit targets {targets_BT.shape}"
     with jax.named_scope("loss"):
