@@ -12,7 +12,7 @@ import jax_cpu_kernels
 import jax_cpu_library
 import jax_host_memory
 
-# For NVIDIA's GPUs. The first keeps apart the products that `jax_transformer.attend` computes apart, the second leaves
+# For NVIDIA's GPUs. The first keeps apart the products that `jax_forms.attend` computes apart, the second leaves
 # products to cuBLAS: of those that XLA makes with Triton GPT-2's step takes none, and trying them out took a minute.
 GPU_FLAGS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": "false"}
 

@@ -11,7 +11,7 @@ BlockSpecs cut out. What it loads has to be a power of two long: a row of D numb
 not there are masked. Nothing is added up in an order left to chance: the same input gives the same bits. Gradients are
 written by hand, and have none themselves.
 
-`jax_transformer` decides where they are used. Dimension key: there; here also C columns, the power of two, and P
+`jax_forms` decides where they are used. Dimension key: jax_transformer.py; here also C columns, the power of two, and P
 programs.
 """
 

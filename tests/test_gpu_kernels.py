@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_forms
 import jax_gpu_kernels
 import jax_ops
 import jax_transformer
@@ -125,7 +126,7 @@ def test_a_target_outside_of_the_vocabulary_gives_nan_and_touches_no_other_row()
 
 def test_float16_gradients_are_scaled_before_they_are_rounded(monkeypatch):
     """Those of improbable tokens of a batch of many, which without the loss's scale are below float16's numbers."""
-    monkeypatch.setattr(jax_transformer, "on_nvidia_gpu", lambda dtype: True)
+    monkeypatch.setattr(jax_forms, "on_nvidia_gpu", lambda dtype: True)
     logits_BTV, targets_BT = normal(0, 8, 512, 100, dtype="float16") - 8, jnp.zeros((8, 512), jnp.int32)
     logits_BTV = logits_BTV.at[..., 0].set(8)
 
@@ -180,7 +181,7 @@ def test_a_model_of_these_kernels_learns_as_the_plain_one(monkeypatch, dropout, 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused_attention)
     results = []
     for kernels in (None, jax_gpu_kernels):
-        monkeypatch.setattr(jax_transformer, "gpu_kernels", lambda dtype: kernels)  # noqa: B023
+        monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: kernels)  # noqa: B023
         results.append(jax.jit(jax.value_and_grad(lambda params: loss(params)))(params))
     B, T = ids_BT.shape
     assert asked == [("cudnn", (B, T, 2, 16))] * (config.n_layer if dropout == 0 else 0)
