@@ -33,7 +33,7 @@ def _gpu_kernels() -> Any:
 
 
 def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """x itself and jax_ops.layer_norm of it: a kernel for both adds their gradients on the way."""
+    """x itself and jax_ops.layer_norm of it, each (R, D): a kernel for both adds their gradients on the way."""
     kernels = gpu_kernels(x_RD.dtype)
     if kernels is None:
         return x_RD, jax_ops.layer_norm(x_RD, scale_D, bias_D)
@@ -41,13 +41,16 @@ def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) ->
 
 
 def gelu(x_RF: jax.Array, form: str) -> jax.Array:
-    """jax_ops.gelu."""
+    """jax_ops.gelu of each element, (R, F) -> (R, F)."""
     kernels = gpu_kernels(x_RF.dtype)
     return kernels.gelu_erf(x_RF) if kernels and form == "erf" else jax_ops.gelu(x_RF, form)
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of what `forward` gives."""
+    """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of logits (B, T, V).
+
+    Raises AssertionError if targets_BT has another shape.
+    """
     # The kernel rounds the gradient before float16's loss scale can lift it.
     kernels = gpu_kernels(logits_BTV.dtype) if logits_BTV.dtype == jnp.bfloat16 else None
     if kernels is None or not kernels.fits_cross_entropy(logits_BTV.shape[-1]):

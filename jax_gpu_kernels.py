@@ -170,7 +170,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 @jax.custom_vjp
 def gelu_erf(x: jax.Array) -> jax.Array:
-    """jax_ops.gelu_erf: x * Phi(x). Only x is kept for the gradient."""
+    """jax_ops.gelu_erf: x * Phi(x), of any shape. Only x is kept for the gradient."""
     return _by_element(lambda x: jnp.maximum(x, 0) - jnp.abs(x) * _normal_tail(x)[0], x)
 
 
@@ -230,7 +230,7 @@ def fits_cross_entropy(V: int) -> bool:
 
 @jax.custom_vjp
 def cross_entropy(logits_RV: jax.Array, targets_R: jax.Array) -> jax.Array:
-    """jax_ops.cross_entropy, (R,) float32.
+    """jax_ops.cross_entropy of logits (R, V), in nats, (R,) float32; NaN for a target outside of [-V, V).
 
     Where a gradient will be asked for, that of the losses' mean is made at once and takes the place of the logits: a
     row's second reading comes from the cache, so that the largest tensor of a step is read once and written once.
@@ -328,7 +328,9 @@ def _attention_tile(T: int, H: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, seed_2: jax.Array, rate: float) -> jax.Array:
-    """jax_ops.causal_attention, whose dropout drops the same weights, without a tensor of all of them in memory.
+    """jax_ops.causal_attention of all heads, (B, T, N, H), without a tensor of all its weights in memory.
+
+    For T and H that `fits_attention`. With two seeds (uint32) it drops the weights that jax_ops.dropout drops.
 
     For the gradient the weights are made again, of each query's log of the sum of its exponentials (Dao et al. 2022,
     "FlashAttention").
