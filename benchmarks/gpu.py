@@ -17,10 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 STEP_ONLY = ["--eval_iters=0", "--new_tokens=0"]
 GPT2 = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--real_data=False", "--steps=30", *STEP_ONLY]
 CHAR = ["config/train_shakespeare_char.py", "--steps=200", *STEP_ONLY]
+TRAINERS = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--eval_iters=1", "--wandb_log=False"]
 FLAGS = {  # one at a time, at 32 rows
     "tiny numbers as zero": "--xla_gpu_ftz=true",
     "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
@@ -53,6 +56,9 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
     table["gpt2 x12"] = ("bench", [*GPT2, "--batch_size=12"], {})
     if nanogpt is not None:
         table["nanogpt gpt2 x12"] = ("nanogpt bench", ["--batch_size=12"], {})
+        table["both trainers, gpt2 x32"] = ("trainers", [*TRAINERS, "--batch_size=32"], {})
+    for rows in (32, 64):  # as nanoGPT's bench.py, which does not clip; its trainer does
+        table[f"gpt2 x{rows}, not clipped"] = ("bench", [*GPT2, f"--batch_size={rows}", "--grad_clip=0"], {})
     table["gpt2 x32, dropout 0.1"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=0.1"], {})
     table["gpt2 4 x 16"] = ("bench", [*GPT2, "--batch_size=16", "--gradient_accumulation_steps=4"], {})
     for rows in (1, 64):
@@ -84,6 +90,12 @@ def measure(
     elif kind == "train":
         command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
         environment |= {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}  # nothing is compiled yet
+    elif kind == "trainers":
+        for split in ("train", "val"):
+            np.random.default_rng(0).integers(0, 50257, 2**20, np.uint16).tofile(folder / f"{split}.bin")
+        ways = ["--rounds=1", "--iters=60", "--forms=compiled", f"--nanogpt={nanogpt}", f"--json={figures}"]
+        theirs = [f"--nanogpt_python={sys.executable}", f"--dataset={folder}"]
+        command, where = [sys.executable, "benchmarks/compare.py", *ways, *theirs, "--", *flags], ROOT
     else:
         assert nanogpt is not None
         command, where = [sys.executable, "-c", NANOGPT_BENCH, "--real_data=False", "--compile=True", *flags], nanogpt
@@ -97,6 +109,8 @@ def measure(
         raise RuntimeError(f"ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     if kind == "bench":
         return {"seconds": seconds, **json.loads(figures.read_text())}
+    if kind == "trainers":
+        return {"seconds": seconds, **json.loads(figures.read_text())["rounds"][0]}
     if kind == "train":
         losses = [float(loss) for loss in re.findall(r"^step \d+: .*val loss ([\d.]+)", done.stdout, re.MULTILINE)]
         times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.MULTILINE)]
@@ -112,6 +126,9 @@ def show(name: str, result: dict) -> str:
         return f"{name:32} failed: {result['error'].splitlines()[0][:80]}"
     if "best_val_loss" in result:
         return f"{name:32} {result['seconds']:9.1f} s in all, best val loss {result['best_val_loss']}"
+    if "compiled" in result:
+        ours, theirs = (result[form]["ms"] for form in ("ours", "compiled"))
+        return f"{name:32} {ours:9.2f} ms an iteration, nanoGPT {theirs:.2f}: {theirs / ours:.2f}"
     train = result.get("train", result)
     ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
     figures = [f"{ms:9.2f} ms {train['tokens_per_s']:12,.0f} tok/s", f"{train['peak_memory_mb'] / 1000:.1f} GB"]
