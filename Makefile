@@ -13,16 +13,16 @@ endif
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
-train: $(VENV)/train-$(JAX)  ## from nothing to a small GPT that writes Python-like text (2 CPU cores: 3 minutes)
+train: $(VENV)/train-$(JAX)  ## from nothing to a small GPT that writes Python-like text (2 CPU cores: 2 minutes)
 	@test -f data/stdlib_char/meta.json || $(BIN)/python data/stdlib_char/prepare.py
 	$(BIN)/python train_jax.py config/train_stdlib_char.py --overwrite=True
 	$(BIN)/python plot_jax.py out-stdlib-char
 	$(BIN)/python sample_jax.py --out_dir=out-stdlib-char --start="def " --num_samples=2 --max_new_tokens=300
 
-test: $(VENV)/dev-$(JAX)  ## the whole test suite
+test: $(VENV)/dev-$(JAX)  ## the test suite (2 CPU cores: 6 minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
-test-all: $(VENV)/dev-$(JAX)  ## and its slow tests (2 CPU cores: 15 minutes)
+test-all: $(VENV)/dev-$(JAX)  ## with its slow tests (2 CPU cores: 15 minutes)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal -m ""
 
 check: $(VENV)/train-$(JAX)  ## a self check in under a minute

@@ -183,13 +183,20 @@ struct Dropout {
     return x ^ (x >> 16);
   }
 
-  // For LANES weights, those of queries one after the other, which lie `T` apart: 0, or 1 / (1 - rate).
-  Floats factors(uint32_t index, uint32_t T) const {
+  // The second seed of each of LANES queries, the first of which is row `row` of all weights: jax_ops.seed_of_rows.
+  Bits seeds_of_rows(int64_t row, int64_t T) const {
+    Bits high_words = {};
+    for (int64_t lane = 0; lane < LANES; ++lane) high_words[lane] = (row + lane) * T >> 32;
+    return seeds[1] ^ hash(high_words);
+  }
+
+  // Of these queries, which lie T apart, the weight for one key, that of the first at `index`: 0, or 1 / (1 - rate).
+  Floats factors(uint32_t index, uint32_t T, Bits row_seeds) const {
     if (threshold == 0) return Floats{} + 1.0f;
     Bits x = {};
     for (int64_t lane = 0; lane < LANES; ++lane) x[lane] = index + lane * T;
     const Floats scale = Floats{} + static_cast<float>(1 / (1 - threshold / 4294967296.0));
-    return hash(hash(x ^ seeds[0]) ^ seeds[1]) >= threshold ? scale : Floats{};
+    return hash(hash(x ^ seeds[0]) ^ row_seeds) >= threshold ? scale : Floats{};
   }
 };
 
@@ -219,6 +226,8 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
       hide(scores_SQ, start, end);
       float sums[QUERIES];
       for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
+        const int64_t row = g * T + start + lanes;
+        const Bits seeds = dropout.seeds_of_rows(row, T);
         float* scores = scores_SQ.data + lanes;
         Floats largest = load(scores), sum = {};
         for (int64_t s = 1; s < end; ++s) {
@@ -228,11 +237,11 @@ extern "C" XLA_FFI_Error* causal_attention(XLA_FFI_CallFrame* call) {
         for (int64_t s = 0; s < end; ++s) {
           const Floats weight = exp_of_negative(load(scores + s * QUERIES) - largest);
           sum += weight;
-          store(scores + s * QUERIES, weight * dropout.factors((g * T + start + lanes) * T + s, T));
+          store(scores + s * QUERIES, weight * dropout.factors(row * T + s, T, seeds));
         }
         store(sums + lanes, sum);
         for (int64_t lane = 0; lane < std::min(LANES, Q - lanes); ++lane)
-          logsum[g * T + start + lanes + lane] = largest[lane] + std::log(sum[lane]);
+          logsum[row + lane] = largest[lane] + std::log(sum[lane]);
       }
       multiply({scores_SQ.data, 1, QUERIES}, v, {out.data + start * D, D}, Q, H, end);
       for (int64_t t = start; t < end; ++t) {
@@ -272,20 +281,22 @@ extern "C" XLA_FFI_Error* causal_attention_gradient(XLA_FFI_CallFrame* call) {
       multiply({v.data, X, 1}, dout_HQ, dscores_SQ, end, QUERIES, H);  // dweights, still
       hide(weights_SQ, start, end);
       for (int64_t lanes = 0; lanes < Q; lanes += LANES) {
+        const int64_t row = g * T + start + lanes;
+        const Bits seeds = dropout.seeds_of_rows(row, T);
         float *weights = weights_SQ.data + lanes, *dscores = dscores_SQ.data + lanes;
         float logs[LANES] = {};
-        std::copy_n(logsum + g * T + start + lanes, std::min(LANES, Q - lanes), logs);
+        std::copy_n(logsum + row, std::min(LANES, Q - lanes), logs);
         Floats mean = {};  // of dweights, weighted
         for (int64_t s = 0; s < end; ++s) {
           const Floats x = load(weights + s * QUERIES) - load(logs);
           const Floats weight = exp_of_negative(x > 0.0f ? Floats{} : x);
-          const Floats factors = dropout.factors((g * T + start + lanes) * T + s, T);
+          const Floats factors = dropout.factors(row * T + s, T, seeds);
           mean += weight * (load(dscores + s * QUERIES) * factors);
           store(weights + s * QUERIES, weight);
         }
         for (int64_t s = 0; s < end; ++s) {
           const Floats weight = load(weights + s * QUERIES);
-          const Floats factors = dropout.factors((g * T + start + lanes) * T + s, T);
+          const Floats factors = dropout.factors(row * T + s, T, seeds);
           store(dscores + s * QUERIES, weight * (load(dscores + s * QUERIES) * factors - mean) * scale);
           store(weights + s * QUERIES, weight * factors);
         }

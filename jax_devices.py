@@ -38,7 +38,8 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     # XLA reads its flags when the devices are first asked for. What the user says there goes before ours.
     flags = GPU_FLAGS | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
     theirs = os.environ.get("XLA_FLAGS", "")
-    ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in theirs]
+    named = {flag.partition("=")[0].lstrip("-") for flag in theirs.split()}
+    ours = [f"--{name}={value}" for name, value in flags.items() if name not in named]
     os.environ["XLA_FLAGS"] = " ".join([theirs, *ours]).strip()
     jax_host_memory.keep_freed_memory()
     keep_compiled_code()

@@ -17,6 +17,9 @@ import jax_ops
 from jax_ops import causal_attention, on_nvidia_gpu
 
 
+CUDNN_WIDTH = 128  # of a head, at most; from Hopper on it takes 256
+
+
 def gpu_kernels(dtype: jax.typing.DTypeLike) -> Any:
     """The module jax_gpu_kernels, or None where its kernels do not run."""
     return _gpu_kernels() if on_nvidia_gpu(dtype) else None
@@ -69,7 +72,7 @@ def attend(
     T, N, H = R // B, n_head, D // n_head
     rate = 0.0 if seed_2 is None else rate
     kernels = gpu_kernels(x_RD.dtype)
-    if kernels and (H % 8 == 0 if rate == 0 else kernels.fits_attention(T, H)):
+    if kernels and (H % 8 == 0 and H <= CUDNN_WIDTH if rate == 0 else kernels.fits_attention(T, H)):
         # Three products: to cut what these read out of one, and to join its gradient, would be a copy each.
         qkv = [part_RD.reshape(B, T, N, H) for part_RD in _products_apart(x_RD, c_attn, 3)]
         if rate == 0:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jax_ops import is_kept
+from jax_ops import is_kept, seed_of_rows
 
 INTERPRET = False  # tests set it: JAX then computes what the kernels say, on any device
 
@@ -353,7 +353,7 @@ def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
             weights, shrink = _exp(1, scores - new_largest[:, None]), _exp(1, largest - new_largest)
             total = total * shrink + jnp.sum(weights, axis=1)
-            kept = jnp.where(_is_kept(seed_ref, b * N + n, T, i, j, tile, rate), weights, 0)
+            kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), weights, 0)
             return y * shrink[:, None] + _dot(kept.astype(q.dtype), v_ref[here, :]), new_largest, total
 
         start = jnp.zeros((tile, H), jnp.float32), jnp.full(tile, -jnp.inf), jnp.zeros(tile, jnp.float32)
@@ -389,7 +389,7 @@ def _attention_backward(rate, saved, dy_BTNH):
 
         def weights_and_dscores(q, k, v, dy, rows, i, j):
             weights = _exp(1, _scores(q, k, i, j) - log_total_ref[rows][:, None])
-            kept = jnp.where(_is_kept(seed_ref, b * N + n, T, i, j, tile, rate), 1 / (1 - rate), 0)
+            kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), 1 / (1 - rate), 0)
             dscores = weights * (kept * _dot(dy, v.T) - mean_ref[rows][:, None]) / math.sqrt(H)
             return (kept * weights).astype(q.dtype), dscores.astype(q.dtype)
 
@@ -458,8 +458,9 @@ def _scores(q, k, i, j) -> jax.Array:
     return jnp.where(queries >= keys, _dot(q, k.T) / math.sqrt(H), -jnp.inf)
 
 
-def _is_kept(seed_ref, g, T: int, i, j, tile: int, rate: float) -> jax.Array:
+def _is_kept(seed_ref, g, G: int, T: int, i, j, tile: int, rate: float) -> jax.Array:
     """Which weights of head g jax_ops.dropout keeps of all of them, (G, T, S)."""
     queries, keys = _positions(i, j, tile)
-    index = (jnp.uint32(g * T) + queries.astype(jnp.uint32)) * jnp.uint32(T) + keys.astype(jnp.uint32)
-    return is_kept(index, seed_ref[0], seed_ref[1], rate)
+    row = jnp.uint32(g * T) + queries.astype(jnp.uint32)
+    seed_1 = seed_of_rows(seed_ref[1], row, T) if G * T * T > 2**32 else seed_ref[1]
+    return is_kept(row * jnp.uint32(T) + keys.astype(jnp.uint32), seed_ref[0], seed_1, rate)

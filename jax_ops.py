@@ -83,16 +83,32 @@ def dropout(x: jax.Array, rate: float, seed_2: jax.Array | None) -> jax.Array:
     """
     if seed_2 is None or rate == 0:
         return x
-    strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
-    along = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(strides)]
-    index = functools.reduce(jnp.add, along)
-    return jnp.where(is_kept(index, seed_2[0], seed_2[1], rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+    seed_1 = seed_2[1]
+    if x.size > 2**32:
+        seed_1 = seed_of_rows(seed_1, _flat_index(x.shape[:-1])[..., None], x.shape[-1])
+    kept = is_kept(_flat_index(x.shape), seed_2[0], seed_1, rate)
+    return jnp.where(kept, x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def _flat_index(shape: tuple[int, ...]) -> jax.Array:
+    """Of each element of an array, uint32: its place in memory, modulo 2**32."""
+    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
+    along = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(n) for axis, n in enumerate(strides)]
+    return functools.reduce(jnp.add, along)
 
 
 def is_kept(index: jax.Array, seed_0: jax.Array, seed_1: jax.Array, rate: float) -> jax.Array:
     """Which elements `dropout` leaves, by their index (uint32) and two seeds."""
     bits = _lowbias32(_lowbias32(index ^ seed_0) ^ seed_1)
     return bits >= np.uint32(rate * 2**32)
+
+
+def seed_of_rows(seed_1: jax.Array, row: jax.Array, length: int) -> jax.Array:
+    """The second seed of rows of `length` elements, at most 2**16, by their numbers (uint32): another one for each 2**32
+    elements, so that what is dropped of the first of them is not dropped of all that follow."""
+    rows_of_2_16, rest = row >> 16, row & np.uint32(0xFFFF)
+    high_word = (rows_of_2_16 * np.uint32(length) + (rest * np.uint32(length) >> 16)) >> 16  # of row * length
+    return seed_1 ^ _lowbias32(high_word)  # which is 0 of 0
 
 
 def _lowbias32(bits: jax.Array) -> jax.Array:

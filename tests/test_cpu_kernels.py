@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from jax_ops import dropout
 from jax_transformer import GPTConfig, cross_entropy, forward, init_params
 
 ROOT = Path(__file__).resolve().parents[1]
-no_compiler = shutil.which(os.environ.get("CXX", "c++")) is None
+no_compiler = shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None
 pytestmark = [
     pytest.mark.skipif(no_compiler, reason="needs a C++ compiler (c++, or what CXX names)"),
     pytest.mark.usefixtures("exact_and_quick"),
@@ -99,6 +100,17 @@ def test_attention_drops_what_the_models_dropout_drops_of_all_weights(T):
     expected_y, expected_dqkv = attention_in_float64(qkv_RX, dy_RD, B, N, factors_GTS)
     np.testing.assert_allclose(y_RD, expected_y, atol=1e-5)
     np.testing.assert_allclose(dqkv_RX, expected_dqkv, atol=1e-5)
+
+
+def test_attention_drops_by_indices_beyond_32_bits_too():
+    G, T, H, rate, seeds = 1025, 2048, 16, 0.3, (3, 4_000_000_000)
+    one_TX = np.random.default_rng(0).normal(size=(T, 3 * H)).astype(np.float32)
+    dropout_3 = jnp.asarray((*seeds, int(rate * 2**32)), jnp.uint32)
+    y_RD = kernels.attention(jnp.tile(one_TX, (G, 1)), dropout_3, G, 1)
+    of_all = jax.jit(lambda g: dropout(jnp.ones((G, T, T)), rate, jnp.asarray(seeds, jnp.uint32))[g])
+    for g in (0, 1, 1023, 1024):
+        expected, _ = attention_in_float64(one_TX, np.zeros((T, H)), 1, 1, np.asarray(of_all(g))[None])
+        np.testing.assert_allclose(y_RD[g * T : (g + 1) * T], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

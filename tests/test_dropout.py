@@ -84,3 +84,42 @@ def test_attention_weights_are_dropped_one_by_one_and_scaled_up():
     assert survived[visible_GTS].mean() == pytest.approx(1 - rate, abs=0.03)
     # No two rows, heads or sequences may share a mask: of 8 weights two masks agree once in 2 ** 6 or so.
     assert len({mask.tobytes() for mask in survived[:, -1]}) > 40
+
+
+def kept_by_the_book(shape: tuple[int, ...], seeds: tuple[int, int], rate: float, place: tuple[int, ...]) -> bool:
+    """The hash of one element's index, and of the high word of its row's, in Python's integers."""
+
+    def lowbias32(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+        return x ^ (x >> 16)
+
+    row = 0
+    for size, index in zip(shape[:-1], place[:-1], strict=True):
+        row = row * size + index
+    low, high = (row * shape[-1] + place[-1]) % 2**32, row * shape[-1] >> 32
+    return lowbias32(lowbias32(low ^ seeds[0]) ^ seeds[1] ^ lowbias32(high)) >= int(rate * 2**32)
+
+
+# Of the large ones, above 2**32 elements, the compiler makes only those that are asked for.
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1100, 2048, 2048), (2**17, 40_000), (2**10, 2**7, 2**16)])
+def test_what_is_dropped_follows_from_the_index_beyond_32_bits_too(shape):
+    seeds, rate = (3, 4_000_000_000), 0.3
+    places = [tuple(n - 1 - i * n // 9 for n in shape) for i in range(9)]
+
+    @jax.jit
+    def kept(seeds_2):
+        return jnp.stack([dropout(jnp.ones(shape), rate, seeds_2)[place] > 0 for place in places])
+
+    seeds_2 = jnp.asarray(seeds, jnp.uint32)
+    compiled = kept.lower(seeds_2).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+    expected = [kept_by_the_book(shape, seeds, rate, place) for place in places]
+    assert compiled(seeds_2).tolist() == expected and {*expected} == {True, False}
+
+
+def test_heads_whose_indices_are_the_same_in_32_bits_drop_other_weights():
+    T = 2048
+    heads_2S = jax.jit(lambda seeds_2: dropout(jnp.ones((1100, T, T)), 0.5, seeds_2)[jnp.asarray([1, 1025]), -1] > 0)
+    first_S, other_S = heads_2S(jnp.asarray([1, 2], jnp.uint32))
+    assert (first_S == other_S).mean() == pytest.approx(0.5, abs=0.05)

@@ -1,6 +1,6 @@
 """Forms of one computation that a CPU or a default configuration does not take: they give the same numbers.
 
-Fused attention, what is for a GPU alone, scanned layers, a sum in higher precision (jax_transformer.py, jax_ops.py).
+XLA's forms for a GPU, scanned layers, a sum in higher precision (jax_transformer.py, jax_ops.py).
 
 python -m pytest tests/test_forms.py
 """

@@ -27,6 +27,8 @@ def interpreted(monkeypatch, request):
     monkeypatch.setattr(jax_gpu_kernels, "INTERPRET", not ON_GPU)
     if not ON_GPU:
         request.getfixturevalue("exact_and_quick")
+    with jax.default_matmul_precision("highest"):  # float32 products of a GPU are rounded to tf32 else
+        yield
 
 
 def normal(number: int, *shape: int, dtype="bfloat16") -> jax.Array:
@@ -157,6 +159,24 @@ def test_attention_drops_the_weights_that_dropout_drops(T, N, H, rate):
         return jax_gpu_kernels.attention(*arrays, seed_2, rate)
 
     assert_same_gradients(ours, theirs, [normal(i, B, T, N, H, dtype="float32") for i in range(3)], tolerance=1e-5)
+
+
+def test_attention_drops_by_indices_beyond_32_bits_too():
+    B, N, T, tile, rate, seeds_2 = 100, 11, 2048, 64, 0.3, jnp.asarray([3, 4_000_000_000], jnp.uint32)
+    of_all = jax.jit(lambda g: jax_ops.dropout(jnp.ones((B * N, T, T)), rate, seeds_2)[g, 128:192, 64:128] > 0)
+    for g in (0, 1023, 1024, 1099):
+        here = jax_gpu_kernels._is_kept(seeds_2, g, B * N, T, 2, 1, tile, rate)
+        np.testing.assert_array_equal(here, of_all(g))
+
+
+def test_heads_too_wide_for_cudnn_are_xlas(monkeypatch):
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=192, block_size=16, vocab_size=65, dropout=0.2, dtype="bfloat16")
+    params, ids_BT = init_params(config, jax.random.key(0)), jnp.asarray(random_ids(config))
+    logits = []
+    for kernels in (None, jax_gpu_kernels):
+        monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: kernels)  # noqa: B023
+        logits.append(jax.jit(lambda params: forward(params, ids_BT, config))(params))  # else NotImplementedError
+    assert np.abs(logits[0] - logits[1]).max() < 0.05 * np.abs(logits[0]).max()
 
 
 @pytest.mark.parametrize(("dropout", "bias"), [(0.0, False), (0.2, True)])
