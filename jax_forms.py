@@ -16,7 +16,6 @@ import jax_cpu_kernels
 import jax_ops
 from jax_ops import causal_attention, on_nvidia_gpu
 
-
 CUDNN_WIDTH = 128  # of a head, at most; from Hopper on it takes 256
 
 

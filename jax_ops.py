@@ -104,8 +104,10 @@ def is_kept(index: jax.Array, seed_0: jax.Array, seed_1: jax.Array, rate: float)
 
 
 def seed_of_rows(seed_1: jax.Array, row: jax.Array, length: int) -> jax.Array:
-    """The second seed of rows of `length` elements, at most 2**16, by their numbers (uint32): another one for each 2**32
-    elements, so that what is dropped of the first of them is not dropped of all that follow."""
+    """`dropout`'s second seed for rows of `length` elements, at most 2**16, by their numbers (uint32).
+
+    It is another one for each 2**32 elements, so that what is dropped of the first is not dropped of all that follow.
+    """
     rows_of_2_16, rest = row >> 16, row & np.uint32(0xFFFF)
     high_word = (rows_of_2_16 * np.uint32(length) + (rest * np.uint32(length) >> 16)) >> 16  # of row * length
     return seed_1 ^ _lowbias32(high_word)  # which is 0 of 0

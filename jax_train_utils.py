@@ -95,7 +95,10 @@ class LossScale(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
-    """All that training changes, float32 but for counters. Its step is the loop's business: state k is the state after k updates."""
+    """All that training changes, float32 but for counters.
+
+    Its step is the loop's business: state k is the state after k updates.
+    """
 
     params: Params
     opt_state: Any  # (optax state, LossScale)
