@@ -75,7 +75,8 @@ def parse_with_sources(
     """The options, and for each one given where it came from: 'config/x.py' or '--batch_size=32'."""
     kinds = {key: kind_of(hint) for key, hint in _field_hints(config_class).items()}
     files, flags, wants_help = split_argv(sys.argv[1:] if argv is None else argv, kinds)
-    say = (lambda text: None) if quiet or wants_help else _print_any
+    prints_config = any(flag.key == "print_config" for flag in flags)  # which is a config file, and nothing beside it
+    say = (lambda text: None) if quiet or wants_help or prints_config else _print_any
     config = config_class() if default is None else default
     sources: dict[str, str] = {}
 
@@ -119,6 +120,8 @@ def run_script(
             sys.exit(main())
     except machine_failed as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # of whoever read what is printed: Python would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (RuntimeError, MemoryError) as error:
         # how XLA says it on a GPU, and on a CPU
         ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))

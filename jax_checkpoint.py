@@ -19,10 +19,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from jax_manifest import MANIFEST, fsync, write_manifest
+from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
 from jax_run_dir import SCHEMA, CheckpointError, SaveError, remove_step, steps_in
 
 SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small. GPT-2's large ones have 7 MB
+UNFINISHED = ".orbax-checkpoint-tmp"  # at the end of a folder's name: orbax's, and ours for best/
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class Saver:
         self._has_failed = False
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
+        self._finish_best()
         self._remove_leftovers()  # of a kill in the middle of a save
 
     def save(
@@ -205,7 +207,8 @@ class Saver:
         """Make best/ a copy of a step saved before."""
         self.wait()
         if self.saves:
-            self._saving = step, self._thread.submit(self._copy_to_best, self.root / str(step))
+            step_dir = self.root / str(step)
+            self._saving = step, self._thread.submit(lambda: self._make_best(self._copy_for_best(step_dir)))
 
     def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
         step_dir = self.root / str(step)
@@ -215,13 +218,15 @@ class Saver:
         }
         try:
             self._orbax.save(step_dir, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
-            # The copy comes first: once sealed, the step says that this loss is in best/, and nothing copies it again.
-            if is_best:
-                self._copy_to_best(step_dir)
+            # Killed between two of these: without the seal there is no such step, and with it the copy is only to be
+            # renamed (`_finish_best`). In best/ before it is sealed, it might be all that there is of a run.
+            copy = self._copy_for_best(step_dir) if is_best else None
             if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
                 with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
                     fsync(self.log)
             write_manifest(step_dir)
+            if copy is not None:
+                self._make_best(copy)
         except BaseException:
             self._remove_leftovers()  # a full disk needs the room
             raise
@@ -230,27 +235,37 @@ class Saver:
         for old in older[self.keep :]:
             remove_step(self.root / str(old))
 
-    def _copy_to_best(self, step_dir: Path) -> None:
+    def _copy_for_best(self, step_dir: Path) -> Path:
         """A second copy on disk rather than a link: what damages one leaves the other."""
-        target, temporary = self.best / step_dir.name, self.best / f"{step_dir.name}.orbax-checkpoint-tmp"
+        temporary = self.best / f"{step_dir.name}{UNFINISHED}"
         try:
             shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
             write_manifest(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        return temporary
+
+    def _make_best(self, copy: Path) -> None:
+        target = copy.with_name(copy.name.removesuffix(UNFINISHED))
         if target.exists():
             remove_step(target)
-        temporary.rename(target)
+        copy.rename(target)
         for old in steps_in(self.best):
-            if old != int(step_dir.name):
+            if old != int(target.name):
                 remove_step(self.best / str(old))
+
+    def _finish_best(self) -> None:
+        """What a kill left undone between a step's seal and the end of its copy's way to best/."""
+        for copy in self.best.glob(f"*{UNFINISHED}"):
+            if (self.root / copy.name.removesuffix(UNFINISHED) / MANIFEST).exists() and find_fault(copy) is None:
+                self._make_best(copy)
 
     def _remove_leftovers(self) -> None:
         """Remove what was not saved to its end. Only while no save is under way."""
         for root in (self.root, self.best):
             unsealed = [root / str(step) for step in steps_in(root) if not (root / str(step) / MANIFEST).exists()]
-            for leftover in [*root.glob("*.orbax-checkpoint-tmp*"), *unsealed]:
+            for leftover in [*root.glob(f"*{UNFINISHED}*"), *unsealed]:
                 shutil.rmtree(leftover, ignore_errors=True)  # it does not count: no reason to fail
 
     def wait(self) -> None:

@@ -49,20 +49,20 @@ def find_data_dir(dataset: str | Path) -> Path:
     )
 
 
-def _command_to_prepare(folder: Path) -> str:
+def _command_to_prepare(folder: Path, tokenizer: str = "gpt2") -> str:
     if (folder / "prepare.py").is_file():
         return f"python {folder / 'prepare.py'}"
     script = Path("data/prepare_text.py")
     if not script.is_file():
         script = Path(__file__).resolve().parent / script
-    return f"python {script} --input=FILE --out={folder} --tokenizer=gpt2"
+    return f"python {script} --input=FILE --out={folder} --tokenizer={tokenizer}"
 
 
 def check_dataset(data_dir: str | Path, block_size: int, vocab_size: int) -> None:
     """Raise DataError unless both token files can feed a model of this block_size and vocab_size."""
     data_dir = Path(data_dir)
     meta = load_meta(data_dir)
-    again = f"run `{_command_to_prepare(data_dir)}` again"
+    again = f"run `{_command_to_prepare(data_dir, meta['tokenizer'] if meta else 'gpt2')}` again"
     for split in ("train", "val"):
         path = data_dir / f"{split}.bin"
         ids = _open_tokens(path, DTYPES[meta["dtype"] if meta else "uint16"])

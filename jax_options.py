@@ -37,12 +37,19 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
         raise ConfigError(f"{named('checkpoint')} is for --init_from=resume --eval_only=True")
     if config.overwrite and (config.init_from == "resume" or config.eval_only):
         raise ConfigError(f"{named('overwrite')} removes the run, which resume and eval_only need; leave it out")
+    if not config.out_dir:
+        raise ConfigError(f"out_dir is empty ({sources.get('out_dir', 'default')}); a run needs a directory")
     out_dir = Path(config.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
     if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_run_dir.holds_run(out_dir):
+        go_on = "--init_from=resume goes on with it"
+        if jax_run_dir.newest_good(out_dir / "checkpoints")[0] is None:
+            go_on = "only its best checkpoint is whole, which --init_from=resume cannot go on from"
+        raise ConfigError(f"{named('out_dir')} holds a run: {go_on}, --overwrite=True removes it")
+    if not (config.init_from == "resume" or config.eval_only) and jax_run_dir.holds_foreign_config(out_dir):
         raise ConfigError(
-            f"{named('out_dir')} holds a run: --init_from=resume goes on with it, --overwrite=True removes it"
+            f"{named('out_dir')} has a config.json that is not a run's, and a run writes its own: take another"
         )
     note_what_means_nothing(sources)
     if config.decay_lr and config.min_lr > config.learning_rate:
@@ -123,8 +130,13 @@ def open_data(
                 f"dataset={config.dataset} has a vocabulary of {found['vocab_size']}, but the weights of "
                 f"init_from={config.init_from} know {vocab_size} tokens; prepare the data with their tokenizer"
             )
-        if config.init_from in jax_weights.HUB and codec["tokenizer"] != "gpt2":
-            print(f"note: {config.init_from} knows GPT-2's tokens, and those of {data_dir} are {codec['tokenizer']}")
+        theirs: dict[str, Any] | None = jax_codec.GPT2_META
+        if config.init_from not in jax_weights.HUB:
+            path = jax_weights.find_weights(config.init_from)
+            theirs = None if path is None else jax_codec.load_meta(path if path.is_dir() else path.parent)
+        if theirs is not None and any(theirs.get(key) != codec.get(key) for key in ("tokenizer", "itos")):
+            other = "of another alphabet" if theirs["tokenizer"] == codec["tokenizer"] else codec["tokenizer"]
+            print(f"note: {config.init_from} knows {theirs['tokenizer']} tokens, and those of {data_dir} are {other}")
     else:
         vocab_size = jax_codec.model_vocab_size(found)
         if codec["tokenizer"] == "gpt2":

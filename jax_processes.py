@@ -223,7 +223,10 @@ def _store() -> Any:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: finish the step under way, save, exit 75. A second Ctrl-C stops at once, without saving."""
+    """SIGTERM, Ctrl-C or SIGHUP (a terminal that is closed): finish the step under way, save, exit 75.
+
+    A second Ctrl-C stops at once, without saving.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -232,6 +235,8 @@ class StopRequest:
     def listen(self) -> None:
         signal.signal(signal.SIGTERM, self._request)
         signal.signal(signal.SIGINT, self._request)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self._request)
 
     def _request(self, signum: int, _frame: object) -> None:
         if self.signal == signal.SIGINT == signum:

@@ -88,6 +88,17 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def holds_foreign_config(out_dir: Path) -> bool:
+    """Whether its config.json is another program's: that of a folder of weights, which a run would replace."""
+    try:
+        options = json.loads((out_dir / "config.json").read_bytes())
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(options, dict) or "init_from" not in options
+
+
 def holds_run(out_dir: Path) -> bool:
     """Whether there is a checkpoint that verifies, the best one included."""
     return any(newest_good(out_dir / name)[0] is not None for name in ("checkpoints", "best"))
@@ -107,6 +118,8 @@ def find_checkpoint(out_dir: Path, which: str = "latest") -> tuple[Path, list[st
             step_dir, skipped = newest_good(root)
         if step_dir is None:
             reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
+            if which == "latest" and (best := newest_good(out_dir / "best")[0]) is not None:
+                reasons += f". {best} is whole, to evaluate and to sample from (--checkpoint=best)"
             raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
         return step_dir, skipped
     if not which.isdecimal():
@@ -180,8 +193,11 @@ def remove_step(step_dir: Path) -> None:
 
 def remove_run(out_dir: Path) -> None:
     """Remove the four things that make a run, and nothing else."""
+    for folder in (out_dir / "checkpoints", out_dir / "best"):
+        if folder.is_symlink():  # to a larger disk, where the next run belongs, too
+            for inside in folder.iterdir():
+                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
     for name in ("config.json", "metrics.jsonl"):
         (out_dir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "best"):
-        if (out_dir / name).exists():
-            shutil.rmtree(out_dir / name)

@@ -71,7 +71,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
         return [config.start]
     path = Path(config.start.removeprefix("FILE:"))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"start={config.start}: {path} cannot be read as UTF-8 text: {error}") from None
     if not config.prompt_per_line:
@@ -268,8 +268,11 @@ def main() -> None:
         for text in texts:
             print(text)
             print("---------------")
+    sys.stdout.flush()
     print(clock.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError)
+    configurator.run_script(
+        main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError, machine_failed=OSError
+    )

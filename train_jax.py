@@ -174,6 +174,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         labels = dict.fromkeys(jax_options.NEVER_INHERITED, "default") | sources
         if config.init_from not in ("scratch", "resume"):
             labels = dict.fromkeys(jax_options.MODEL_SHAPE, f"default; {config.init_from} decides") | labels
+        config = dataclasses.replace(config, print_config=False)  # what is printed is a config file
         configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint")
         return 0
     jax_options.check_options(config, sources)
@@ -211,7 +212,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     try:
         devices = jax_devices.find_devices(config.device, config.deterministic)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        of_checkpoint = " (from the checkpoint; --device=auto takes what is here)"
+        raise ConfigError(f"{error}{'' if meta is None or 'device' in sources else of_checkpoint}") from None
     layout = utils.lay_out(rows, config.batch_size, len(devices))
     if layout.devices < len(devices) and processes.count > 1:
         raise ConfigError(
@@ -275,7 +277,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     # run directory, logs, checkpoints. Nothing on disk was touched before, and with eval_only nothing is
 
     wandb_run = None
-    if meta is not None and (out_dir / "metrics.jsonl").exists():
+    if meta is not None and not config.eval_only and (out_dir / "metrics.jsonl").exists():
         jax_run_log.read_metrics(out_dir / "metrics.jsonl")  # a damaged log is told before anything is written
     writes = processes.is_first and not config.eval_only
     if writes:
@@ -306,6 +308,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     )
     # This flushes all that was printed so far, into a pipe, too: what comes now may take long.
     log.say(f"number of parameters: {num_params(state.params) / 1e6:.2f}M")
+    if meta is not None and not config.eval_only and progress.step >= config.max_iters:
+        log.say(
+            f"the run is at step {progress.step} of max_iters={config.max_iters} already; a higher one goes on with it"
+        )
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
     if config.eval_only:

@@ -13,15 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from prepare_tools import DataError, OneLineParser, read_text, run, split_text, val_fraction, write_text
 
+MADE_HERE = ("train.bin", "val.bin", "meta.json", "meta.pkl")
 
-def read_input(path: Path, separator: str) -> str:
-    """The text of a file, or of every file in a folder with separator between."""
+
+def read_input(path: Path, separator: str, out: Path) -> str:
+    """The text of a file, or of every file in a folder with separator between, but for what was made of it in `out`."""
     if not path.exists():
         raise DataError(f"--input={path}: no such file or folder")
     if path.is_file():
         return read_text(path)
     inside = sorted((file.relative_to(path) for file in path.rglob("*") if file.is_file()), key=Path.as_posix)
     files = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    files = [file for file in files if not (file.name in MADE_HERE and file.parent.resolve() == out.resolve())]
     print(f"files: {len(files):,}")
     return separator.join(read_text(file) for file in files)
 
@@ -33,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", choices=["char", "gpt2", "bytes"], default="char", help="what a token is")
     parser.add_argument("--val_fraction", type=val_fraction, default=0.1, help="the share at the end for validation")
     options = parser.parse_args()
-    text = read_input(options.input, "<|endoftext|>" if options.tokenizer == "gpt2" else "\n")
+    text = read_input(options.input, "<|endoftext|>" if options.tokenizer == "gpt2" else "\n", options.out)
     if not text:
         raise DataError(f"--input={options.input} holds no text")
     write_text(options.out, options.tokenizer, *split_text(text, options.val_fraction))

@@ -286,9 +286,22 @@ def test_best_is_copied_before_the_step_that_promises_it_is_sealed(tmp_path, mon
     assert sealed == ["best", "checkpoints"]
 
 
+def test_a_copy_that_a_kill_kept_from_becoming_best_becomes_it_if_its_step_exists(tmp_path):
+    save_steps(tmp_path, {3: True})
+    for is_sealed in (True, False):
+        (tmp_path / "best/3").rename(tmp_path / "best/3.orbax-checkpoint-tmp")
+        if not is_sealed:
+            (tmp_path / "checkpoints/3/MANIFEST.json").unlink()
+        Saver(tmp_path, 2).close()
+        assert [p.name for p in (tmp_path / "best").iterdir()] == ["3"] * is_sealed
+    assert not jax_run_dir.holds_run(tmp_path)
+
+
 def test_a_good_best_alone_is_a_run(out_dir):
     shutil.rmtree(out_dir / "checkpoints")
     assert jax_run_dir.holds_run(out_dir)
+    with pytest.raises(CheckpointError, match=r"there is none.*best/3 is whole.*--checkpoint=best"):
+        find_checkpoint(out_dir)
 
 
 def test_a_step_removed_while_it_is_read_is_one_line(out_dir):

@@ -210,6 +210,33 @@ configurator.run_script(train_jax.main)
     assert steps(workdir / "out")[0] > 10 and leftovers(workdir / "out") == []
 
 
+# the seal of the step that is saved; its copy's last move, when the step is sealed
+@pytest.mark.parametrize(("killed_in", "how_to_go_on"), [("write_manifest", "scratch"), ("_make_best", "resume")])
+def test_kill_in_the_first_save_leaves_a_run_or_none(quick, workdir, environment, killed_in, how_to_go_on):
+    (workdir / "killed.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, jax_checkpoint, train_jax
+seal = jax_checkpoint.write_manifest
+def write_manifest(step_dir):
+    if step_dir.parent.name == "checkpoints" and {killed_in!r} == "write_manifest":
+        os._exit(9)
+    seal(step_dir)
+jax_checkpoint.write_manifest = write_manifest
+if {killed_in!r} == "_make_best":
+    jax_checkpoint.Saver._make_best = lambda saver, copy: os._exit(9)
+configurator.run_script(train_jax.main)
+""")
+    done = subprocess.run(
+        [sys.executable, "killed.py", "tiny.py"], cwd=workdir, env=environment | QUICKLY, capture_output=True
+    )
+    assert done.returncode == 9
+    args = ("tiny.py",) if how_to_go_on == "scratch" else ("--init_from=resume", "--out_dir=out", "--max_iters=10")
+    quick("train_jax.py", *args)
+    assert steps(workdir / "out")[-1] == (20 if how_to_go_on == "scratch" else 10)
+    assert jax_run_dir.best_val_loss(workdir / "out") is not None and leftovers(workdir / "out") == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints apart from evaluations, and which are kept
 

@@ -91,6 +91,16 @@ def test_training_goes_on_from_the_weights_and_resumes_as_any_run(quick, tune):
     assert losses(tune / "out") == losses(tune / "whole") and len(losses(tune / "whole")) == 6
 
 
+def test_weights_that_know_other_tokens_are_told(quick, tune):
+    meta = json.loads((tune / "data/tiny/meta.json").read_text())
+    for itos, is_told in ((meta["itos"], False), (meta["itos"][::-1], True)):
+        (tune / "weights/meta.json").write_text(json.dumps(meta | {"itos": itos}))
+        done = quick("train_jax.py", "tune.py", "--eval_only=True")
+        assert (
+            "note: weights knows char tokens, and those of data/tiny are of another alphabet" in done.stdout
+        ) == is_told
+
+
 def test_a_shorter_block_size_crops_and_dropout_is_the_options(quick, tune):
     done = quick("train_jax.py", "tune.py", "--block_size=12", "--max_iters=1", "--dropout=0.4")
     (_, val_loss), *_ = evaluations(done.stdout)  # without dropout, and before any update
@@ -185,6 +195,8 @@ MISTAKES = {
     "no data": (["--dataset=none", "--init_from=gpt2"], None, ["no data set 'none'"]),
     "cut short": ([], cut_weights, [r"weights/model\.safetensors cannot be read", "damaged, incomplete or no"]),
     "NaN": ([], nan_weights, ["weights has weights that are not finite: "]),
+    "into the weights": (["--out_dir=weights"], None, ["out_dir=weights .* has a config.json that is not a run's"]),
+    "over the weights": (["--out_dir=weights", "--overwrite=True"], None, ["config.json that is not a run's"]),
     "weights with a checkpoint": (["--checkpoint=best"], None, ["checkpoint=best", "--init_from=resume"]),
     "a run": (["--init_from=out"], lambda f: shutil.copytree(f / "weights", f / "out") and (
         f / "out" / "config.json").write_text('{"init_from": "scratch"}'), ["--init_from=resume --out_dir=out"]),

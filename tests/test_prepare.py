@@ -157,6 +157,16 @@ def test_folder_is_read_in_sorted_order_with_hidden_files_left_out(repo, tmp_pat
         assert codec.decode(ids) == f"[a/z.md]{separator}[b.txt]{separator}[c]"
 
 
+def test_what_was_made_in_the_folder_of_the_text_is_not_text_the_next_time(repo, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("some text " * 30)
+    made = []
+    for _ in range(2):
+        prepare_well(repo, "prepare_text.py", f"--input={tmp_path / 'notes'}", f"--out={tmp_path / 'notes'}")
+        made.append(digests(tmp_path / "notes"))
+    assert made[0] == made[1] and len(made[0]) == 4
+
+
 def test_large_text_is_encoded_piece_by_piece_without_a_seam(repo, tmp_path):
     text = "".join(chr(97 + i * i % 23) for i in range(2**20 + 1000)) + "é" * 2**20
     (tmp_path / "large.txt").write_text(text, encoding="utf-8")

@@ -5,6 +5,9 @@ python -m pytest tests/test_sample.py
 
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,9 @@ import sample_jax
 from jax_train_utils import make_mesh, replicated
 from jax_transformer import GPTConfig, abstract_params, forward, init_params
 from jax_weights import save_hf
+from tests.running import QUICKLY
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def samples(stdout: str, prompt: str) -> list[str]:
@@ -103,6 +109,19 @@ def test_stream_prints_the_same_samples(quick, workdir, finished):
     assert streamed.stdout.split("stream = True\n")[-1] == printed
     for done in (batch, streamed):
         assert re.search(r"^\d+ new tokens in \d+\.\d\d s", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_that_has_enough_is_one_line(workdir, finished, environment, stream):
+    command = [sys.executable, str(ROOT / "sample_jax.py"), "--out_dir=finished", f"--stream={stream}"]
+    process = subprocess.Popen(
+        [*command, "--start=a", "--max_new_tokens=400"], cwd=workdir, env=environment | QUICKLY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = [line for line in process.stderr.read().splitlines() if "tokens" not in line]
+    assert process.wait() == 1 and errors == ["error: [Errno 32] Broken pipe"]
 
 
 def test_no_new_tokens_print_the_prompt(quick, finished):

@@ -133,6 +133,23 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_one_never_stopped
     assert without_times(metrics(workdir / "out")) == without_times(metrics(workdir / "straight"))
 
 
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_terminal_that_is_closed_stops_the_run_unless_it_is_under_nohup(workdir, environment, under_nohup):
+    command = [sys.executable, str(ROOT / "train_jax.py"), "tiny.py", "--max_iters=1000000"]
+    process = subprocess.Popen(
+        ["nohup", *command] if under_nohup else command,
+        cwd=workdir, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_line(process, "iter 5:")
+    process.send_signal(signal.SIGHUP)
+    if under_nohup:
+        wait_for_line(process, "iter 30:")
+        process.send_signal(signal.SIGTERM)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert re.search(f"^stopped by {'SIGTERM' if under_nohup else 'SIGHUP'} at step", rest, re.M)
+
+
 @pytest.mark.parametrize(
     ("option", "last_line"),
     [

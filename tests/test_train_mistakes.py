@@ -48,6 +48,12 @@ MISTAKES = {
     "no TPU": (["--device=tpu"], lambda data: None, ["device=tpu"]),
     "no GPU": (["--device=cuda"], lambda data: None, ["device=cuda: JAX finds no such device"]),
     "no second GPU": (["--device=cuda:1"], lambda data: None, ["device=cuda:1: JAX finds no such device"]),
+    "cut short": (
+        [],
+        lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:30_000]),
+        ["train.bin holds 15,000 tokens, but meta.json says 20,000", "--tokenizer=char"],
+    ),
+    "no out_dir": (["--out_dir="], lambda data: None, ["out_dir is empty (--out_dir=)"]),
     "out_dir is a file": (["--out_dir=tiny.py"], lambda data: None, ["out_dir=tiny.py", "is a file"]),
     "overwrite what is to be resumed": (
         ["--init_from=scratch", "--eval_only=True", "--overwrite=True"],

@@ -34,6 +34,28 @@ def test_directory_with_a_run_is_refused_and_overwrite_removes_only_the_run(run,
     assert (finished / "notes.txt").read_text() == "mine"
 
 
+def test_overwrite_goes_through_a_link_to_another_disk(quick, workdir, finished):
+    (finished / "checkpoints").rename(workdir / "large_disk")
+    (finished / "checkpoints").symlink_to(workdir / "large_disk")
+    quick("train_jax.py", "tiny.py", "--out_dir=finished", "--overwrite=True", "--max_iters=3")
+    assert (finished / "checkpoints").is_symlink()
+    assert [p.name for p in (workdir / "large_disk").iterdir()] == ["3"]
+
+
+def test_what_print_config_shows_is_a_config_file(quick, workdir):
+    (workdir / "shown.py").write_text(quick("train_jax.py", "tiny.py", "--n_head=1", "--print_config=True").stdout)
+    quick("train_jax.py", "shown.py", "--max_iters=1")
+    config = json.loads((workdir / "out" / "config.json").read_text())
+    assert (config["n_head"], config["dataset"], config["max_iters"]) == (1, "tiny", 1)
+
+
+def test_resume_says_that_a_device_it_lacks_is_the_checkpoints(quick, workdir):
+    two = "--xla_force_host_platform_device_count=2"
+    quick("train_jax.py", "tiny.py", "--max_iters=1", "--device=cpu:1", XLA_FLAGS=two)
+    error = the_error(quick("train_jax.py", "--init_from=resume", "--out_dir=out", expect=2))
+    assert "device=cpu:1: JAX sees 1 such devices" in error and "from the checkpoint; --device=auto" in error
+
+
 def test_resume_keeps_options_and_names_each_one_changed(quick, workdir):
     quick("train_jax.py", "tiny.py", "--max_iters=2", "--weight_decay=0.3", "--seed=7")
     (workdir / "more.py").write_text("max_iters = 4\nlearning_rate = 1e-2\n")
@@ -74,13 +96,15 @@ def test_resume_refuses_a_damaged_log_and_keeps_it(run, workdir, finished):
     before = fingerprints(finished)
     error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
     assert "finished/metrics.jsonl, line 1:" in error
+    run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--eval_only=True")  # which needs no log
     assert fingerprints(finished) == before
 
 
 def test_resume_of_a_finished_run_does_nothing(run, finished):
     before = fingerprints(finished / "checkpoints")
     log = metrics(finished)
-    run("train_jax.py", "--init_from=resume", "--out_dir=finished")
+    done = run("train_jax.py", "--init_from=resume", "--out_dir=finished")
+    assert "the run is at step 20 of max_iters=20 already" in done.stdout
     assert metrics(finished) == log
     assert fingerprints(finished / "checkpoints") == before
 
