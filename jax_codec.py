@@ -38,6 +38,11 @@ def load_meta(data_dir: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def load_meta_beside(weights: Path) -> dict[str, Any] | None:
+    """What the ids of weights mean, a file or a folder of them, as export_jax.py leaves it there: `load_meta`."""
+    return load_meta(weights if weights.is_dir() else weights.parent)
+
+
 def model_vocab_size(meta: dict[str, Any]) -> int:
     """The vocabulary of a model that learns such data from scratch; GPT-2's is rounded up to a multiple of 64."""
     return 50304 if meta["tokenizer"] == "gpt2" else meta["vocab_size"]

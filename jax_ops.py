@@ -104,7 +104,7 @@ def is_kept(index: jax.Array, seed_0: jax.Array, seed_1: jax.Array, rate: float)
 
 
 def seed_of_rows(seed_1: jax.Array, row: jax.Array, length: int) -> jax.Array:
-    """`dropout`'s second seed for rows of `length` elements, at most 2**16, by their numbers (uint32).
+    """`dropout`'s second seed for rows of `length` <= 2**16 elements; row, their numbers, and the result are uint32.
 
     It is another one for each 2**32 elements, so that what is dropped of the first is not dropped of all that follow.
     """

@@ -133,7 +133,7 @@ def open_data(
         theirs: dict[str, Any] | None = jax_codec.GPT2_META
         if config.init_from not in jax_weights.HUB:
             path = jax_weights.find_weights(config.init_from)
-            theirs = None if path is None else jax_codec.load_meta(path if path.is_dir() else path.parent)
+            theirs = None if path is None else jax_codec.load_meta_beside(path)
         if theirs is not None and any(theirs.get(key) != codec.get(key) for key in ("tokenizer", "itos")):
             other = "of another alphabet" if theirs["tokenizer"] == codec["tokenizer"] else codec["tokenizer"]
             print(f"note: {config.init_from} knows {theirs['tokenizer']} tokens, and those of {data_dir} are {other}")

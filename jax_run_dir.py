@@ -89,7 +89,10 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def holds_foreign_config(out_dir: Path) -> bool:
-    """Whether its config.json is another program's: that of a folder of weights, which a run would replace."""
+    """Whether its config.json is another program's: that of a folder of weights, which a run would replace.
+
+    Raises OSError if it is there and cannot be read.
+    """
     try:
         options = json.loads((out_dir / "config.json").read_bytes())
     except FileNotFoundError:

@@ -226,7 +226,7 @@ def main() -> None:
         raise ConfigError(f"{sources['checkpoint']}: checkpoint is for --init_from=resume, the run in out_dir")
     elif (path := jax_weights.find_weights(config.init_from)) is not None:  # a download comes last
         found = jax_weights.open_weights(path)
-        about_ids = jax_codec.load_meta(path if path.is_dir() else path.parent)  # as export_jax.py leaves it there
+        about_ids = jax_codec.load_meta_beside(path)
     codec = jax_codec.make_codec(about_ids)  # None: GPT-2's
     prompt_ids = [ids for ids in encode_prompts(codec, prompts, config.start) for _ in range(config.num_samples)]
     if config.init_from != "resume" and found is None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The GPU figures of steps and runs, in calls of under nine minutes, on a machine with what requirements_jax.txt names (jax with CUDA) and
-# data/shakespeare_char prepared; with torch and a checkout of nanoGPT its rows too:
+# The GPU figures of steps and runs, in calls of under nine minutes, on a machine with what requirements_jax.txt names
+# (jax with CUDA) and data/shakespeare_char prepared; with torch and a checkout of nanoGPT its rows too:
 #
 #     bash benchmarks/gpu.sh --nanogpt=../nanoGPT --json=benchmarks/gpu.json
 #

@@ -8,10 +8,10 @@ from pathlib import Path
 
 # In a script's environment: XLA compiles in a third of the time, without optimisations and, before JAX 0.12, with the
 # older of its two ways to make code of what it fused.
-IS_OLD = tuple(map(int, version("jax").split(".")[:2])) < (0, 12)
+HAS_BOTH_WAYS = tuple(map(int, version("jax").split(".")[:2])) < (0, 12)
 QUICKLY = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false" if IS_OLD else "",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false" if HAS_BOTH_WAYS else "",
 }
 
 
