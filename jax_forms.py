@@ -5,6 +5,8 @@ On an NVIDIA GPU they are kernels of our own (jax_gpu_kernels.py), or cuDNN's; o
 """
 
 import functools
+import os
+import re
 from typing import Any
 
 import jax
@@ -63,25 +65,32 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return losses_R.reshape(targets_BT.shape)
 
 
+def fits_cudnn(H: int) -> bool:
+    """Whether cuDNN's attention takes heads of H numbers, and XLA it: not where results shall be the same every time,
+    with which it forgets what it has compiled (openxla/xla#46500, in JAX 0.11.2 too)."""
+    same_every_time = r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=true|=1|\s|$)"
+    return H % 8 == 0 and H <= CUDNN_WIDTH and not re.search(same_every_time, os.environ.get("XLA_FLAGS", ""), re.I)
+
+
 def attend(
     x_RD: jax.Array, c_attn: nnx.Linear, B: int, n_head: int, rate: float, seed_2: jax.Array | None
 ) -> jax.Array:
     """Causal attention of all heads of B rows of tokens, (R, D) -> (R, D), in the fastest form there is here."""
     R, D = x_RD.shape
     T, N, H = R // B, n_head, D // n_head
-    rate = 0.0 if seed_2 is None else rate
+    rate, seed_2 = (0.0, jnp.zeros(2, jnp.uint32)) if seed_2 is None else (rate, seed_2)
     kernels = gpu_kernels(x_RD.dtype)
-    if kernels and (H % 8 == 0 and H <= CUDNN_WIDTH if rate == 0 else kernels.fits_attention(T, H)):
+    by_cudnn = rate == 0 and fits_cudnn(H)
+    if kernels and (by_cudnn or kernels.fits_attention(T, H)):
         # Three products: to cut what these read out of one, and to join its gradient, would be a copy each.
         qkv = [part_RD.reshape(B, T, N, H) for part_RD in _products_apart(x_RD, c_attn, 3)]
-        if rate == 0:
+        if by_cudnn:
             y_BTNH = jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="cudnn")
         else:
             y_BTNH = kernels.attention(*qkv, seed_2, rate)
         return y_BTNH.reshape(R, D)
     qkv_RX = c_attn(x_RD)
     if jax_cpu_kernels.fits_attention(qkv_RX.dtype, H):
-        seed_2 = jnp.zeros(2, jnp.uint32) if seed_2 is None else seed_2
         return jax_cpu_kernels.attention(qkv_RX, jnp.append(seed_2, np.uint32(rate * 2**32)), B, N)
     # Split before the heads are looked at: the gradient then is one concatenation, and no transposing copy.
     q_BTNH, k_BTNH, v_BTNH = (part_RD.reshape(B, T, N, H) for part_RD in jnp.split(qkv_RX, 3, axis=1))

@@ -17,6 +17,7 @@ programs.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,12 @@ from jax.experimental.pallas import triton
 from jax_ops import is_kept, seed_of_rows
 
 INTERPRET = False  # tests set it: JAX then computes what the kernels say, on any device
+LOG2_E = math.log2(math.e)
 
 # Numbers, rows and so on that a program works on at a time, as measured on an H200 (dev/LOG.md).
 TILE = 1024
-ROWS_SUMMED = 32  # whose contributions to the gradient of LayerNorm's weights one program adds up
+ROWS_SUMMED = 32  # at least, whose contributions to the gradients of LayerNorm's weights one program adds up
+PROGRAMS = 512  # about as many are there for that at most: they are at work at the same time, and leave less to add up
 LOGITS_TILE = 8192
 ATTENTION_TILE = 64  # queries, and keys; half as many of wide heads, for which a small GPU has no more room
 
@@ -53,9 +56,32 @@ def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _exp(factor: float, x: jax.Array) -> jax.Array:
-    """exp(factor * x), by the one instruction that a GPU has for it, which is to the base of 2."""
-    return jnp.exp2(x * (factor * math.log2(math.e)))
+def _ptx(instruction: str, meaning: Callable[..., jax.Array], *numbers: jax.typing.ArrayLike) -> jax.Array:
+    """One instruction of the GPU's for each float32 number, and what it means, which scalars and tests get.
+
+    Of an exponential XLA makes four instructions, of a quotient seven, for the sake of numbers below 1e-38, and it
+    never joins a product with a sum.
+    """
+    arrays = jnp.broadcast_arrays(*(jnp.asarray(number, jnp.float32) for number in numbers))
+    if INTERPRET or arrays[0].ndim == 0:
+        return meaning(*arrays)
+    return triton.elementwise_inline_asm(
+        f"{instruction}.f32 {', '.join(f'${i}' for i in range(len(arrays) + 1))};",
+        args=arrays,
+        constraints=",".join(["=f", *("f" for _ in arrays)]),
+        pack=1,
+        result_shape_dtypes=[_shape(jnp.float32, *arrays[0].shape)],
+    )[0]
+
+
+_exp2 = functools.partial(_ptx, "ex2.approx.ftz", jnp.exp2)
+_reciprocal = functools.partial(_ptx, "rcp.approx.ftz", jnp.reciprocal)
+_product_and_sum = functools.partial(_ptx, "fma.rn", lambda x, y, z: x * y + z)
+
+
+def _exp(x: jax.Array, less: jax.Array) -> jax.Array:
+    """exp(x - less), to the base of 2, since that is the GPU's."""
+    return _exp2(_product_and_sum(LOG2_E, x, -LOG2_E * less))
 
 
 def _columns_below(D: int, *shape: int) -> jax.Array:
@@ -114,17 +140,15 @@ def _layer_norm_backward(saved, gradients):
     x_RD, mean_R, rstd_R, scale_D, bias_D = saved
     R, D = x_RD.shape
     C = pl.next_power_of_2(D)
-    summed = math.gcd(R, ROWS_SUMMED)
+    summed = math.gcd(R, max(ROWS_SUMMED, pl.next_power_of_2(max(1, R // PROGRAMS))))
     rows = math.gcd(summed, max(1, 2 * TILE // C))
+    weights = 1 if bias_D is None else 2  # the scale's gradient, and the bias's
 
-    def layer_norm_gradient_kernel(
-        x_ref, mean_ref, rstd_ref, scale_ref, dstream_ref, dy_ref, dx_ref, dscale_ref, dbias_ref
-    ):
+    def layer_norm_gradient_kernel(x_ref, mean_ref, rstd_ref, scale_ref, dstream_ref, dy_ref, dx_ref, *sum_refs):
         mask = _columns_below(D, rows, C)
         scale = triton.load(scale_ref, mask=_columns_below(D, C), other=0)[None]
 
         def some_rows(i, sums):
-            dscale, dbias = sums
             here = pl.ds(i * rows, rows)
             x, dstream, dy = (
                 triton.load(ref.at[here, :], mask=mask, other=0).astype(jnp.float32)
@@ -137,12 +161,11 @@ def _layer_norm_backward(saved, gradients):
             mean_of_product = jnp.sum(dnormal * normal, axis=1)[:, None] / D
             dx = dstream + (dnormal - mean_of_dnormal - normal * mean_of_product) * rstd
             triton.store(dx_ref.at[here, :], dx.astype(dx_ref.dtype), mask=mask)
-            return dscale + jnp.sum(dy * normal, axis=0), dbias + jnp.sum(dy, axis=0)
+            return [total + jnp.sum(of_row, axis=0) for total, of_row in zip(sums, (dy * normal, dy), strict=False)]
 
-        zeros = jnp.zeros(C, jnp.float32)
-        dscale, dbias = jax.lax.fori_loop(0, summed // rows, some_rows, (zeros, zeros))
-        triton.store(dscale_ref, dscale, mask=_columns_below(D, C))
-        triton.store(dbias_ref, dbias, mask=_columns_below(D, C))
+        sums = jax.lax.fori_loop(0, summed // rows, some_rows, [jnp.zeros(C, jnp.float32) for _ in sum_refs])
+        for sum_ref, total in zip(sum_refs, sums, strict=True):
+            triton.store(sum_ref, total, mask=_columns_below(D, C))
 
     of_rows, of_row, weight, sums = (
         pl.BlockSpec((summed, C), lambda i: (i, 0)),
@@ -151,14 +174,15 @@ def _layer_norm_backward(saved, gradients):
         pl.BlockSpec((None, C), lambda i: (i, 0)),
     )
     programs = R // summed
-    dx_RD, dscale_PD, dbias_PD = _call(
+    dx_RD, *sums_PD = _call(
         layer_norm_gradient_kernel,
-        (_shape(x_RD.dtype, R, D), _shape(jnp.float32, programs, D), _shape(jnp.float32, programs, D)),
+        (_shape(x_RD.dtype, R, D), *weights * [_shape(jnp.float32, programs, D)]),
         grid=(programs,),
         in_specs=[of_rows, of_row, of_row, weight, of_rows, of_rows],
-        out_specs=(of_rows, sums, sums),
+        out_specs=(of_rows, *weights * [sums]),
     )(x_RD, mean_R, rstd_R, scale_D, *gradients)
-    return dx_RD, dscale_PD.sum(axis=0), None if bias_D is None else dbias_PD.sum(axis=0)
+    dscale_D, *dbias_D = (of_programs_PD.sum(axis=0) for of_programs_PD in sums_PD)
+    return dx_RD, dscale_D, dbias_D[0] if dbias_D else None
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -171,13 +195,13 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 @jax.custom_vjp
 def gelu_erf(x: jax.Array) -> jax.Array:
     """jax_ops.gelu_erf: x * Phi(x), of any shape. Only x is kept for the gradient."""
-    return _by_element(lambda x: jnp.maximum(x, 0) - jnp.abs(x) * _normal_tail(x)[0], x)
+    return _by_element(lambda x: _product_and_sum(-jnp.abs(x), _normal_tail(x)[0], jnp.maximum(x, 0)), x)
 
 
 def _gelu_erf_backward(x, dy):
     def gradient(x, dy):
         tail, density = _normal_tail(x)
-        return dy * (jnp.where(x < 0, tail, 1 - tail) + x * density)
+        return dy * _product_and_sum(x, density, jnp.where(x < 0, tail, 1 - tail))
 
     return (_by_element(gradient, x, dy),)
 
@@ -191,9 +215,10 @@ def _normal_tail(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     Abramowitz & Stegun 1964, 7.1.25: erfc by one exponential, which is the density's, too, and a polynomial of 1 / x.
     GELU is right to 2.4e-5 then: to the last of bfloat16's digits down to -2.5, and to 1 % at -4, where it is 1e-4.
     """
-    t = 1 / (1 + 0.47047 * math.sqrt(0.5) * jnp.abs(x))
-    exponential = _exp(-0.5, x * x)
-    tail = t * (0.5 * 0.3480242 + t * (0.5 * -0.0958798 + t * (0.5 * 0.7478556))) * exponential
+    t = _reciprocal(_product_and_sum(0.47047 * math.sqrt(0.5), jnp.abs(x), 1))
+    exponential = _exp2(x * x * (-0.5 * LOG2_E))
+    polynomial = _product_and_sum(t, _product_and_sum(0.5 * 0.7478556, t, 0.5 * -0.0958798), 0.5 * 0.3480242)
+    tail = t * polynomial * exponential
     return tail, exponential * (1 / math.sqrt(2 * math.pi))
 
 
@@ -276,19 +301,20 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
             largest, total, logits = carry
             following = load(i + 1)  # asked for before this tile is worked on
             new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
-            shrink = _exp(1, largest - new_largest)
-            return new_largest, total * shrink + jnp.sum(_exp(1, logits - new_largest[:, None]), axis=1), following
+            shrink = _exp(largest, new_largest)
+            return new_largest, total * shrink + jnp.sum(_exp(logits, new_largest[:, None]), axis=1), following
 
-        start = jnp.full(tile // 8, jnp.finfo(jnp.float32).min), jnp.zeros(tile // 8, jnp.float32), load(0)
+        lowest = float(jnp.finfo(jnp.float32).min) / 2  # times log2(e) still a number
+        start = jnp.full(tile // 8, lowest), jnp.zeros(tile // 8, jnp.float32), load(0)
         largest_of_each, total_of_each, _ = jax.lax.fori_loop(0, pl.cdiv(V, tile), largest_and_total, start)
         largest = jnp.max(largest_of_each)
-        log_total = largest + jnp.log(jnp.sum(total_of_each * _exp(1, largest_of_each - largest)))
+        log_total = largest + jnp.log(jnp.sum(total_of_each * _exp(largest_of_each, largest)))
         loss_ref[row] = log_total - target_logit
         for dlogits_ref in dlogits_refs:
 
             def gradient(i, logits, dlogits_ref=dlogits_ref):
                 following = load(i + 1)
-                p_by_R = _exp(1, logits - (log_total + math.log(R)))
+                p_by_R = _exp(logits, log_total + math.log(R))
                 triton.store(dlogits_ref.at[row, columns(i)], p_by_R.astype(dlogits_ref.dtype), mask=columns(i) < V)
                 return following
 
@@ -296,7 +322,7 @@ def _cross_entropy_call(logits_RV: jax.Array, targets_R: jax.Array, with_gradien
             if not INTERPRET:  # where there are no threads
                 triton.debug_barrier()  # all have written: now the one number that is not p / R
             here = columns(target // tile)
-            at_target = jnp.full(here.shape, (_exp(1, target_logit - log_total) - 1) / R, dlogits_ref.dtype)
+            at_target = jnp.full(here.shape, (_exp(target_logit, log_total) - 1) / R, dlogits_ref.dtype)
             triton.store(dlogits_ref.at[row, here], at_target, mask=(here == target) & (here < V))
 
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -351,7 +377,7 @@ def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
             here = pl.ds(j * tile, tile)
             scores = _scores(q, k_ref[here, :], i, j)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-            weights, shrink = _exp(1, scores - new_largest[:, None]), _exp(1, largest - new_largest)
+            weights, shrink = _exp(scores, new_largest[:, None]), _exp(largest, new_largest)
             total = total * shrink + jnp.sum(weights, axis=1)
             kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), weights, 0)
             return y * shrink[:, None] + _dot(kept.astype(q.dtype), v_ref[here, :]), new_largest, total
@@ -388,7 +414,7 @@ def _attention_backward(rate, saved, dy_BTNH):
         own = pl.ds(at * tile, tile)
 
         def weights_and_dscores(q, k, v, dy, rows, i, j):
-            weights = _exp(1, _scores(q, k, i, j) - log_total_ref[rows][:, None])
+            weights = _exp(_scores(q, k, i, j), log_total_ref[rows][:, None])
             kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), 1 / (1 - rate), 0)
             dscores = weights * (kept * _dot(dy, v.T) - mean_ref[rows][:, None]) / math.sqrt(H)
             return (kept * weights).astype(q.dtype), dscores.astype(q.dtype)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -24,12 +25,14 @@ STEP_ONLY = ["--eval_iters=0", "--new_tokens=0"]
 GPT2 = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--real_data=False", "--steps=30", *STEP_ONLY]
 CHAR = ["config/train_shakespeare_char.py", "--steps=200", *STEP_ONLY]
 TRAINERS = ["config/train_gpt2.py", "--gradient_accumulation_steps=1", "--eval_iters=1", "--wandb_log=False"]
+TRAINERS += ["--eval_interval=1000", "--log_interval=10", "--max_iters=110"]
 FLAGS = {  # one at a time, at 32 rows
-    "tiny numbers as zero": "--xla_gpu_ftz=true",
     "cuBLASLt": "--xla_gpu_enable_cublaslt=true",
     "cuBLAS not tried out": "--xla_gpu_autotune_level=0",
     "graphs of one kernel": "--xla_gpu_graph_min_graph_size=1",
     "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "kernels side by side": "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    "kernels begun before the last ends": "--xla_gpu_enable_pdl=true --xla_gpu_enable_pdl_launch=true",
     "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
     "products merged": "--xla_gpu_dot_merger_threshold_mb=64",
     "products by Triton, too": "--xla_gpu_enable_triton_gemm=true",
@@ -56,21 +59,22 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
     table["gpt2 x12"] = ("bench", [*GPT2, "--batch_size=12"], {})
     if nanogpt is not None:
         table["nanogpt gpt2 x12"] = ("nanogpt bench", ["--batch_size=12"], {})
-        table["both trainers, gpt2 x32"] = ("trainers", [*TRAINERS, "--batch_size=32"], {})
-    for rows in (32, 64):  # as nanoGPT's bench.py, which does not clip; its trainer does
-        table[f"gpt2 x{rows}, not clipped"] = ("bench", [*GPT2, f"--batch_size={rows}", "--grad_clip=0"], {})
+        for rows in (32, 64):
+            table[f"both trainers, gpt2 x{rows}"] = ("trainers", [*TRAINERS, f"--batch_size={rows}"], {})
     table["gpt2 x32, dropout 0.1"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=0.1"], {})
     table["gpt2 4 x 16"] = ("bench", [*GPT2, "--batch_size=16", "--gradient_accumulation_steps=4"], {})
     for rows in (1, 64):
         few = ["--steps=5", "--new_tokens=256", f"--batch_size={rows}"]
         table[f"gpt2 generation x{rows}"] = ("bench", [*GPT2, *few], {})
+    table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
+    table["gpt2 x12, float32"] = ("bench", [*GPT2, "--batch_size=12", "--dtype=float32"], {})
+    table["gpt2 x32, layers scanned"] = ("bench", [*GPT2, "--batch_size=32", "--scan_layers=True"], {})
+    table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps_per_dispatch=10"], {})
     table["gpt2 x96"] = ("bench", [*GPT2, "--batch_size=96"], {})
     if nanogpt is not None:
         table["nanogpt gpt2 x96"] = ("nanogpt bench", ["--batch_size=96"], {})
-    table["gpt2 x32, layers scanned"] = ("bench", [*GPT2, "--batch_size=32", "--scan_layers=True"], {})
-    table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
-    table["gpt2 x12, float32"] = ("bench", [*GPT2, "--batch_size=12", "--dtype=float32"], {})
-    table["char step, 10 a dispatch"] = ("bench", [*CHAR, "--steps_per_dispatch=10"], {})
+    for rows in (32, 64):  # as nanoGPT's bench.py, which does not clip; its trainer does
+        table[f"gpt2 x{rows}, not clipped"] = ("bench", [*GPT2, f"--batch_size={rows}", "--grad_clip=0"], {})
     table["char step, layers scanned"] = ("bench", [*CHAR, "--scan_layers=True"], {})
     table["char step, cuBLAS not tried out"] = ("bench", CHAR, {"XLA_FLAGS": "--xla_gpu_autotune_level=0"})
     for name, flag in FLAGS.items():
@@ -83,7 +87,7 @@ def measure(
     kind: str, flags: list[str], environment: dict[str, str], nanogpt: Path | None, folder: Path, timeout: float
 ) -> dict:
     """Run one part and read its figures. Raises RuntimeError with the end of its output if it fails, and ValueError,
-    IndexError or OSError if it prints or writes something else."""
+    LookupError or OSError if it prints or writes something else."""
     figures, environment = folder / "figures.json", {**os.environ, **environment}
     if kind == "bench":
         command, where = [sys.executable, "bench_jax.py", *flags, f"--json={figures}"], ROOT
@@ -91,11 +95,17 @@ def measure(
         command, where = [sys.executable, "train_jax.py", *flags, f"--out_dir={folder / 'out'}"], ROOT
         environment |= {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}  # nothing is compiled yet
     elif kind == "trainers":
+        assert nanogpt is not None
         for split in ("train", "val"):
             np.random.default_rng(0).integers(0, 50257, 2**20, np.uint16).tofile(folder / f"{split}.bin")
-        ways = ["--rounds=1", "--iters=60", "--forms=compiled", f"--nanogpt={nanogpt}", f"--json={figures}"]
-        theirs = [f"--nanogpt_python={sys.executable}", f"--dataset={folder}"]
-        command, where = [sys.executable, "benchmarks/compare.py", *ways, *theirs, "--", *flags], ROOT
+        flags = [*flags, f"--dataset={folder}"]
+        ours, theirs = (
+            trainer_ms(
+                [sys.executable, script, *flags, f"--out_dir={folder / script}"], where, environment, timeout / 2
+            )
+            for script, where in (("train_jax.py", ROOT), ("train.py", nanogpt))
+        )
+        return {"ours_ms": ours, "nanogpt_ms": theirs}
     else:
         assert nanogpt is not None
         command, where = [sys.executable, "-c", NANOGPT_BENCH, "--real_data=False", "--compile=True", *flags], nanogpt
@@ -109,8 +119,6 @@ def measure(
         raise RuntimeError(f"ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     if kind == "bench":
         return {"seconds": seconds, **json.loads(figures.read_text())}
-    if kind == "trainers":
-        return {"seconds": seconds, **json.loads(figures.read_text())["rounds"][0]}
     if kind == "train":
         losses = [float(loss) for loss in re.findall(r"^step \d+: .*val loss ([\d.]+)", done.stdout, re.MULTILINE)]
         times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.MULTILINE)]
@@ -121,13 +129,36 @@ def measure(
     return {"seconds": seconds, "ms": ms, "tokens_per_s": rows * 1024 / ms * 1000, "peak_memory_mb": memory}
 
 
+def trainer_ms(command: list[str], where: Path, environment: dict[str, str], timeout: float) -> float:
+    """Milliseconds per iteration, from when it prints iteration 20 to when it prints 100: all that a user waits for.
+
+    Raises RuntimeError if it fails or takes longer than `timeout` seconds.
+    """
+    printed_at, lines = {}, []
+    pipe, environment = subprocess.PIPE, {**environment, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=where, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        killer = threading.Timer(timeout, process.kill)
+        killer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if iteration := re.match(r"iter (\d+): ", line):
+                printed_at[int(iteration[1])] = time.perf_counter()
+        killer.cancel()
+    if process.returncode:
+        raise RuntimeError(f"ended with {process.returncode}: {''.join(lines)[-1500:]}")
+    return 1000 * (printed_at[100] - printed_at[20]) / 80
+
+
 def show(name: str, result: dict) -> str:
     if "error" in result:
         return f"{name:32} failed: {result['error'].splitlines()[0][:80]}"
     if "best_val_loss" in result:
         return f"{name:32} {result['seconds']:9.1f} s in all, best val loss {result['best_val_loss']}"
-    if "compiled" in result:
-        ours, theirs = (result[form]["ms"] for form in ("ours", "compiled"))
+    if "nanogpt_ms" in result:
+        ours, theirs = result["ours_ms"], result["nanogpt_ms"]
         return f"{name:32} {ours:9.2f} ms an iteration, nanoGPT {theirs:.2f}: {theirs / ours:.2f}"
     train = result.get("train", result)
     ms = train["ms"]["median"] if isinstance(train["ms"], dict) else train["ms"]
@@ -179,7 +210,7 @@ def main() -> int:
                 results[name] = measure(
                     kind, flags + device, environment, args.nanogpt, Path(folder), min(left - 10, 240)
                 )
-            except (RuntimeError, ValueError, IndexError, OSError) as error:
+            except (RuntimeError, ValueError, LookupError, OSError) as error:
                 results[name] = {"error": f"{type(error).__name__}: {error}"}
         args.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{number:2} of {len(table)}  {show(name, results[name])}", flush=True)

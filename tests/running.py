@@ -6,9 +6,9 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-# In a script's environment: XLA compiles in a third of the time, without optimisations and, before JAX 0.12, with the
+# In a script's environment: XLA compiles in a third of the time, without optimisations and, before JAX 0.11, with the
 # older of its two ways to make code of what it fused.
-HAS_BOTH_WAYS = tuple(map(int, version("jax").split(".")[:2])) < (0, 12)
+HAS_BOTH_WAYS = tuple(map(int, version("jax").split(".")[:2])) < (0, 11)
 QUICKLY = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false" if HAS_BOTH_WAYS else "",

@@ -179,6 +179,34 @@ def test_heads_too_wide_for_cudnn_are_xlas(monkeypatch):
     assert np.abs(logits[0] - logits[1]).max() < 0.05 * np.abs(logits[0]).max()
 
 
+@pytest.mark.parametrize(
+    ("flags", "by_cudnn"),
+    [
+        ("", True),
+        ("--xla_gpu_deterministic_ops=true", False),
+        ("--xla_gpu_triton_gemm_any=false --xla_gpu_exclude_nondeterministic_ops", False),
+        ("--xla_gpu_deterministic_ops=false", True),
+    ],
+)
+def test_attention_is_not_cudnns_where_results_shall_be_the_same_every_time(monkeypatch, flags, by_cudnn):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=65, dtype="bfloat16")
+    params, ids_BT = init_params(config, jax.random.key(0)), jnp.asarray(random_ids(config))
+    asked = []
+
+    def instead(q_BTNH, *_, implementation, **__):
+        asked.append(implementation)
+        return q_BTNH
+
+    plain = jax.jit(lambda params: forward(params, ids_BT, config))(params)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: jax_gpu_kernels)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    ours = jax.jit(lambda params: forward(params, ids_BT, config))(params)
+    assert asked == (["cudnn"] if by_cudnn else [])
+    if not by_cudnn:
+        assert np.abs(plain - ours).max() < 0.02 * np.abs(plain).max()
+
+
 @pytest.mark.parametrize(("dropout", "bias"), [(0.0, False), (0.2, True)])
 def test_a_model_of_these_kernels_learns_as_the_plain_one(monkeypatch, dropout, bias):
     """Loss and gradient, of the kernels and of XLA's code. Attention without dropout is cuDNN's: of its interface
