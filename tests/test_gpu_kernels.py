@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import jax_forms
+import jax_gpu_attention
 import jax_gpu_kernels
+import jax_gpu_pallas
 import jax_ops
 import jax_transformer
 from jax_transformer import GPTConfig, forward, init_params
@@ -24,7 +26,7 @@ ON_GPU = jax_ops.on_nvidia_gpu("bfloat16")
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch, request):
-    monkeypatch.setattr(jax_gpu_kernels, "INTERPRET", not ON_GPU)
+    monkeypatch.setattr(jax_gpu_pallas, "INTERPRET", not ON_GPU)
     if not ON_GPU:
         request.getfixturevalue("exact_and_quick")
     with jax.default_matmul_precision("highest"):  # float32 products of a GPU are rounded to tf32 else
@@ -165,7 +167,7 @@ def test_attention_drops_by_indices_beyond_32_bits_too():
     B, N, T, tile, rate, seeds_2 = 100, 11, 2048, 64, 0.3, jnp.asarray([3, 4_000_000_000], jnp.uint32)
     of_all = jax.jit(lambda g: jax_ops.dropout(jnp.ones((B * N, T, T)), rate, seeds_2)[g, 128:192, 64:128] > 0)
     for g in (0, 1023, 1024, 1099):
-        here = jax_gpu_kernels._is_kept(seeds_2, g, B * N, T, 2, 1, tile, rate)
+        here = jax_gpu_attention._is_kept(seeds_2, g, B * N, T, 2, 1, tile, rate)
         np.testing.assert_array_equal(here, of_all(g))
 
 

@@ -1,0 +1,66 @@
+"""How a kernel for an NVIDIA GPU is called, and functions that are one instruction there. For jax_gpu_kernels.py.
+
+The kernels are written in Pallas, and XLA compiles them by Triton, for Ampere and later. JAX says that a version to
+come will be without this way to Triton; they then have to be written for Mosaic, its other one to a GPU, and until they
+are, XLA's own code takes their place. A kernel is run by each program of a grid, on pieces of arrays ("refs") that its
+BlockSpecs cut out. What it loads has to be a power of two long.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+INTERPRET = False  # tests set it: JAX then computes what the kernels say, on any device
+LOG2_E = math.log2(math.e)
+
+
+def call(kernel, out_shape, *, grid, in_specs, out_specs, warps: int = 4, aliases: dict[int, int] | None = None):
+    """The kernel as a function of arrays; a warp is 32 threads."""
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        input_output_aliases=aliases or {},
+        compiler_params=triton.CompilerParams(num_warps=warps),
+        interpret=INTERPRET,
+    )
+
+
+def result(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    """What an array will be that a kernel fills."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ptx(instruction: str, meaning: Callable[..., jax.Array], *numbers: jax.typing.ArrayLike) -> jax.Array:
+    """One instruction of the GPU's for each float32 number, and what it means, which scalars and tests get.
+
+    Of an exponential XLA makes four instructions, of a quotient seven, for the sake of numbers below 1e-38, and it
+    never joins a product with a sum.
+    """
+    arrays = jnp.broadcast_arrays(*(jnp.asarray(number, jnp.float32) for number in numbers))
+    if INTERPRET or arrays[0].ndim == 0:
+        return meaning(*arrays)
+    return triton.elementwise_inline_asm(
+        f"{instruction}.f32 {', '.join(f'${i}' for i in range(len(arrays) + 1))};",
+        args=arrays,
+        constraints=",".join(["=f", *("f" for _ in arrays)]),
+        pack=1,
+        result_shape_dtypes=[result(jnp.float32, *arrays[0].shape)],
+    )[0]
+
+
+exp2 = functools.partial(ptx, "ex2.approx.ftz", jnp.exp2)
+reciprocal = functools.partial(ptx, "rcp.approx.ftz", jnp.reciprocal)
+product_and_sum = functools.partial(ptx, "fma.rn", lambda x, y, z: x * y + z)
+
+
+def exp(x: jax.Array, less: jax.Array) -> jax.Array:
+    """exp(x - less), to the base of 2, since that is the GPU's."""
+    return exp2(product_and_sum(LOG2_E, x, -LOG2_E * less))
