@@ -64,6 +64,10 @@ def main() -> None:
     note_what_means_nothing(sources)
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+    if config.new_tokens == 1:
+        raise ConfigError("new_tokens=1: the first token is the prompt's time, so 2 at least, or 0 to leave it out")
+    if config.json and not Path(config.json).parent.is_dir():
+        raise ConfigError(f"json={config.json}: there is no folder {Path(config.json).parent}; make it first")
     data_dir, vocab_size = find_data(config)
 
     import jax

@@ -1,7 +1,7 @@
 """Draw the curves of one or several runs: loss, learning rate, tokens per second.
 
 python plot_jax.py out-shakespeare-char                         writes out-shakespeare-char/curves.png
-python plot_jax.py out-shakespeare-char out-other --out=two.png one colour a run, side by side
+python plot_jax.py out-shakespeare-char out-other --out=two.svg one colour a run, side by side
 """
 
 import argparse
@@ -18,7 +18,7 @@ Records = list[dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=PNG]: the loss curves of one or several runs as one PNG.",
+        description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=FILE]: the curves of one or several runs, as PNG or SVG, by its name.",
     )
     parser.add_argument("out_dirs", nargs="+", type=Path, metavar="OUT_DIR", help="a run's directory")
     parser.add_argument("--out", type=Path, help="the picture (default: curves.png in the first OUT_DIR)")
@@ -96,7 +96,7 @@ def draw(runs: dict[str, Records], out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (lr, speed):
         axes.set_ylim(bottom=0)
-    figure.savefig(out, dpi=150, format="png")
+    figure.savefig(out, dpi=150, format=out.suffix[1:] or "png")
     plt.close(figure)
 
 

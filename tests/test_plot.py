@@ -57,6 +57,15 @@ def test_a_run_of_evaluations_only_is_drawn_where_told(tmp_path):
     assert not (tmp_path / "out" / "curves.png").exists()
 
 
+def test_the_picture_is_of_the_kind_that_its_name_says(tmp_path):
+    fake_run(tmp_path / "out", 2, 1)
+    assert plot("out", "--out=picture.svg", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+    done = plot("out", "--out=picture.xyz", cwd=tmp_path)
+    assert done.returncode == 2 and re.match(r"error: Format 'xyz' is not supported .*svg", done.stderr)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "picture.svg"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
