@@ -18,10 +18,10 @@ Records = list[dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=FILE]: the curves of one or several runs, as PNG or SVG, by its name.",
+        description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=FILE]: one picture of the curves of these runs.",
     )
     parser.add_argument("out_dirs", nargs="+", type=Path, metavar="OUT_DIR", help="a run's directory")
-    parser.add_argument("--out", type=Path, help="the picture (default: curves.png in the first OUT_DIR)")
+    parser.add_argument("--out", type=Path, help="the picture, .png or .svg (default: curves.png in the first OUT_DIR)")
     args = parser.parse_args()
     out = args.out or args.out_dirs[0] / "curves.png"
 
