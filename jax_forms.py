@@ -66,9 +66,12 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def fits_cudnn(H: int) -> bool:
-    """Whether cuDNN's attention takes heads of H numbers, and XLA it: not where results shall be the same every time,
-    with which it forgets what it has compiled (openxla/xla#46500, in JAX 0.11.2 too)."""
-    same_every_time = r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=true|=1|\s|$)"
+    """Whether attention with heads of H numbers can be cuDNN's.
+
+    Not with XLA's flag for results that are the same every time: XLA then does not find again what it compiled for
+    cuDNN, and ends with an IndexError (openxla/xla#46500, and JAX 0.11.2).
+    """
+    same_every_time = r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=['\"]?(true|1)|\s|$)"
     return H % 8 == 0 and H <= CUDNN_WIDTH and not re.search(same_every_time, os.environ.get("XLA_FLAGS", ""), re.I)
 
 

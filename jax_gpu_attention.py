@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jax_gpu_pallas import call, exp, result
+from jax_gpu_pallas import LOG2_E, call, exp2, exp_over, result
 from jax_ops import is_kept, seed_of_rows
 
 TILE = 64  # queries, and keys; half as many of wide heads, for which a small GPU has no more room
@@ -31,7 +31,7 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, seed_2: j
 
     For T and H that `fits_attention`. With two seeds (uint32) it drops the weights that jax_ops.dropout drops.
 
-    For the gradient the weights are made again, of each query's log of the sum of its exponentials (Dao et al. 2022,
+    For the gradient the weights are made again, of each query's log2 of the sum of its exponentials (Dao et al. 2022,
     "FlashAttention").
     """
     return _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate)[0]
@@ -41,7 +41,7 @@ def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
     B, T, N, H = q_BTNH.shape
     tile = _attention_tile(T, H)
 
-    def attention_kernel(q_ref, k_ref, v_ref, seed_ref, y_ref, log_total_ref):
+    def attention_kernel(q_ref, k_ref, v_ref, seed_ref, y_ref, log2_total_ref):
         i, b, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         q = q_ref[...]
 
@@ -49,8 +49,8 @@ def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
             y, largest, total = carry
             here = pl.ds(j * tile, tile)
             scores = _scores(q, k_ref[here, :], i, j)
-            new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-            weights, shrink = exp(scores, new_largest[:, None]), exp(largest, new_largest)
+            new_largest = jnp.maximum(largest, LOG2_E * jnp.max(scores, axis=1))
+            weights, shrink = exp_over(scores, new_largest[:, None]), exp2(largest - new_largest)
             total = total * shrink + jnp.sum(weights, axis=1)
             kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), weights, 0)
             return y * shrink[:, None] + _dot(kept.astype(q.dtype), v_ref[here, :]), new_largest, total
@@ -58,36 +58,36 @@ def _attention_forward(q_BTNH, k_BTNH, v_BTNH, seed_2, rate):
         start = jnp.zeros((tile, H), jnp.float32), jnp.full(tile, -jnp.inf), jnp.zeros(tile, jnp.float32)
         y, largest, total = jax.lax.fori_loop(0, i + 1, some_keys, start)
         y_ref[...] = (y / (total * (1 - rate))[:, None]).astype(y_ref.dtype)
-        log_total_ref[...] = largest + jnp.log(total)
+        log2_total_ref[...] = largest + jnp.log2(total)
 
     some, every, row, seeds = _attention_specs(T, H, tile)
-    y_BTNH, log_total_BNT = call(
+    y_BTNH, log2_total_BNT = call(
         attention_kernel,
         (result(q_BTNH.dtype, B, T, N, H), result(jnp.float32, B, N, T)),
         grid=(T // tile, B, N),
         in_specs=[some, every, every, seeds],
         out_specs=(some, row),
     )(q_BTNH, k_BTNH, v_BTNH, seed_2)
-    return y_BTNH, (q_BTNH, k_BTNH, v_BTNH, seed_2, y_BTNH, log_total_BNT)
+    return y_BTNH, (q_BTNH, k_BTNH, v_BTNH, seed_2, y_BTNH, log2_total_BNT)
 
 
 def _attention_backward(rate, saved, dy_BTNH):
     """Of each tile as keys with the queries after it, and as queries with the keys before it: so all programs have the
     same work."""
-    q_BTNH, k_BTNH, v_BTNH, seed_2, y_BTNH, log_total_BNT = saved
+    q_BTNH, k_BTNH, v_BTNH, seed_2, y_BTNH, log2_total_BNT = saved
     B, T, N, H = q_BTNH.shape
     tile = _attention_tile(T, H)
     # sum over s of p(s) dp(s), the mean that softmax's gradient takes away
     mean_BNT = jnp.einsum("BTNH,BTNH->BNT", y_BTNH, dy_BTNH, preferred_element_type=jnp.float32)
 
     def attention_gradient_kernel(
-        q_ref, k_ref, v_ref, seed_ref, dy_ref, log_total_ref, mean_ref, dq_ref, dk_ref, dv_ref
+        q_ref, k_ref, v_ref, seed_ref, dy_ref, log2_total_ref, mean_ref, dq_ref, dk_ref, dv_ref
     ):
         at, b, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         own = pl.ds(at * tile, tile)
 
         def weights_and_dscores(q, k, v, dy, rows, i, j):
-            weights = exp(_scores(q, k, i, j), log_total_ref[rows][:, None])
+            weights = exp_over(_scores(q, k, i, j), log2_total_ref[rows][:, None])
             kept = jnp.where(_is_kept(seed_ref, b * N + n, B * N, T, i, j, tile, rate), 1 / (1 - rate), 0)
             dscores = weights * (kept * _dot(dy, v.T) - mean_ref[rows][:, None]) / math.sqrt(H)
             return (kept * weights).astype(q.dtype), dscores.astype(q.dtype)
@@ -122,7 +122,7 @@ def _attention_backward(rate, saved, dy_BTNH):
         grid=(T // tile, B, N),
         in_specs=[every, every, every, seeds, every, every_row, every_row],
         out_specs=(some,) * 3,
-    )(q_BTNH, k_BTNH, v_BTNH, seed_2, dy_BTNH, log_total_BNT, mean_BNT)
+    )(q_BTNH, k_BTNH, v_BTNH, seed_2, dy_BTNH, log2_total_BNT, mean_BNT)
     return *gradients, None
 
 

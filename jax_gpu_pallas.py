@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 
 def call(kernel, out_shape, *, grid, in_specs, out_specs, warps: int = 4, aliases: dict[int, int] | None = None):
-    """The kernel as a function of arrays; a warp is 32 threads."""
+    """The kernel as a function of arrays, as jax.experimental.pallas.pallas_call; a warp is 32 threads."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -39,10 +39,11 @@ def result(dtype, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def ptx(instruction: str, meaning: Callable[..., jax.Array], *numbers: jax.typing.ArrayLike) -> jax.Array:
-    """One instruction of the GPU's for each float32 number, and what it means, which scalars and tests get.
+    """One instruction of the GPU's for each of some float32 numbers, arrays of one shape or scalars beside them.
 
     Of an exponential XLA makes four instructions, of a quotient seven, for the sake of numbers below 1e-38, and it
-    never joins a product with a sum.
+    never joins a product with a sum. Tests get what the instruction means, and so do scalars alone, which Triton would
+    want as arrays.
     """
     arrays = jnp.broadcast_arrays(*(jnp.asarray(number, jnp.float32) for number in numbers))
     if INTERPRET or arrays[0].ndim == 0:
@@ -61,6 +62,6 @@ reciprocal = functools.partial(ptx, "rcp.approx.ftz", jnp.reciprocal)
 product_and_sum = functools.partial(ptx, "fma.rn", lambda x, y, z: x * y + z)
 
 
-def exp(x: jax.Array, less: jax.Array) -> jax.Array:
-    """exp(x - less), to the base of 2, since that is the GPU's."""
-    return exp2(product_and_sum(LOG2_E, x, -LOG2_E * less))
+def exp_over(x: jax.Array, log2_z: jax.Array) -> jax.Array:
+    """exp(x) / 2**log2_z, float32: a GPU's exponential is to the base of 2, so sums of them are kept as their log2."""
+    return exp2(product_and_sum(LOG2_E, x, -log2_z))

@@ -124,6 +124,22 @@ def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_us
     assert done.stdout.split() == theirs + ours, done.stderr
 
 
+def test_a_trainer_is_timed_from_what_it_prints_and_ended_with_all_it_started(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu import trainer_ms
+
+    def time_it(script: str, timeout: float = 100) -> float:
+        return trainer_ms(["bash", "-c", script], ROOT, dict(os.environ), timeout)
+
+    assert time_it(r"for i in 0 10 20 90; do echo iter $i: loss; done; printf '\xff\n'; echo iter 100: loss") > 0
+    with pytest.raises(RuntimeError, match=r"ended with 3, .*, and printed 1 iterations: iter 20: loss\nno more"):
+        time_it("echo iter 20: loss; echo no more; exit 3")
+    with pytest.raises(RuntimeError, match="printed 1 iterations"):
+        time_it("echo iter 20: loss")
+    with pytest.raises(RuntimeError, match="took 0 s"):
+        time_it("sleep 1000 & sleep 1000", timeout=0.2)
+
+
 def test_generation_is_compared_with_transformers_on_the_same_weights(tmp_path, environment):
     pytest.importorskip("transformers")
     command = [

@@ -114,7 +114,8 @@ def test_loss_and_its_gradient_are_those_of_the_formula(vocabulary, of_mean):
 def test_loss_is_exact_where_exponentials_would_overflow():
     logits_RV = np.array([[300, 296, -300, 0], [-2000, -2000, -2000, -2000], [-np.inf, 3, -np.inf, 4]])
     loss_R = jax_gpu_kernels.cross_entropy(jnp.asarray(logits_RV, jnp.bfloat16), jnp.asarray([1, 2, 3]))
-    np.testing.assert_allclose(loss_R, [4 + np.log1p(np.exp(-4)), np.log(4), np.log1p(np.exp(-1))], atol=2e-4)
+    expected_R = [4 + np.log1p(np.exp(-4)), np.log(4), np.log1p(np.exp(-1))]
+    np.testing.assert_allclose(loss_R, expected_R, atol=4e-4)  # between numbers near 2,000 float32 has 1.2e-4
 
 
 def test_a_target_outside_of_the_vocabulary_gives_nan_and_touches_no_other_row():
@@ -141,13 +142,22 @@ def test_float16_gradients_are_scaled_before_they_are_rounded(monkeypatch):
     np.testing.assert_allclose(ours_BTV.astype("float32")[..., 1:].sum(), exact_BTV[..., 1:].sum(), rtol=0.05)
 
 
+def test_exponentials_quotients_and_products_with_a_sum_are_one_instruction_each(monkeypatch):
+    monkeypatch.setattr(jax_gpu_pallas, "INTERPRET", False)
+    traced = str(jax.make_jaxpr(jax_gpu_pallas.exp_over)(jnp.ones((8, 8)), jnp.ones((8, 1))))
+    for part in ("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", "ex2.approx.ftz.f32 $0, $1;"):
+        assert part in traced
+    assert "rcp.approx.ftz.f32 $0, $1;" in str(jax.make_jaxpr(jax_gpu_pallas.reciprocal)(jnp.ones(8)))
+    assert "asm" not in str(jax.make_jaxpr(jax_gpu_pallas.exp_over)(1.0, 2.0))  # Triton has no scalars there
+
+
 def test_logits_that_are_not_numbers_show_in_the_loss():
     logits_RV = normal(0, 3, 1000).at[1, 999].set(jnp.nan).at[2, 5].set(jnp.inf)
     loss_R = jax_gpu_kernels.cross_entropy(logits_RV, jnp.asarray([0, 0, 0]))
     np.testing.assert_array_equal(np.isfinite(loss_R), [True, False, False])
 
 
-@pytest.mark.parametrize(("T", "N", "H", "rate"), [(64, 2, 128, 0.3), (192, 1, 64, 0.3), (16, 3, 16, 0.0)])
+@pytest.mark.parametrize(("T", "N", "H", "rate"), [(64, 2, 128, 0.3), (192, 1, 64, 0.3), (192, 2, 16, 0.0)])
 def test_attention_drops_the_weights_that_dropout_drops(T, N, H, rate):
     B, seed_2 = 2, jnp.asarray([3, 4_000_000_000], jnp.uint32)
     assert jax_gpu_kernels.fits_attention(T, H)
@@ -187,6 +197,7 @@ def test_heads_too_wide_for_cudnn_are_xlas(monkeypatch):
         ("", True),
         ("--xla_gpu_deterministic_ops=true", False),
         ("--xla_gpu_triton_gemm_any=false --xla_gpu_exclude_nondeterministic_ops", False),
+        ("--xla_gpu_deterministic_ops='true'", False),
         ("--xla_gpu_deterministic_ops=false", True),
     ],
 )
