@@ -143,3 +143,22 @@ def open_data(
             print(f"the model's vocab_size is {vocab_size}: GPT-2's 50257 rounded up for efficiency")
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
     return data_dir, codec, vocab_size
+
+
+def same_in_all(
+    config: Any,
+    step_dir: Path | None,
+    weights: jax_weights.Weights | None,
+    data_dir: Path,
+    codec: dict[str, Any],
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Name -> value of what has to be the same in all processes that train together: options, and what files hold."""
+    # wandb's name is the first process's business, and in nanoGPT's configs the time
+    options = {key: value for key, value in dataclasses.asdict(config).items() if not key.startswith("wandb_")}
+    files = {f"{split}.bin": jax_data.outline(data_dir / f"{split}.bin") for split in ("train", "val")}
+    if step_dir is not None:
+        files |= {"init_from": str(step_dir), "MANIFEST.json": (step_dir / "MANIFEST.json").read_text()}
+    if weights is not None:
+        files["the weights"] = weights.outline()
+    return options | files | {"meta.json": codec, "vocab_size": vocab_size}

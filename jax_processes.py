@@ -17,6 +17,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class Processes:
     times_met: int = 0
     set_up: bool = False  # from here on the others are computing, and cannot be told of a mistake
     told: bool = False  # another process says what is wrong
-    failed: bool = False  # while the others compute
+    failed: int | None = None  # the exit code of a failure while the others compute
 
     @property
     def is_first(self) -> bool:
@@ -89,6 +90,8 @@ def find(env: Mapping[str, str]) -> Processes:
     # Where each process sees one GPU only, that is already its own.
     sees_one = "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
     device = None if one_each is None or sees_one or "JAX_LOCAL_DEVICE_IDS" in env else _number(env, one_each)
+    if not re.fullmatch(r"\d+(,\d+)*", local := env.get("JAX_LOCAL_DEVICE_IDS", "0")):
+        raise ProcessesError(f"JAX_LOCAL_DEVICE_IDS={local} must be the numbers of devices, as in 0,1")
     return Processes(_number(env, index), _number(env, count), f"{host}:{port}", device)
 
 
@@ -98,11 +101,12 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return int(env[name])
 
 
-def together(main: Callable[[Processes], int]) -> int:
+def together(main: Callable[[Processes], int], *bad_input: type[Exception]) -> int:
     """`main` in all the processes of this run, to the first one's exit code. In a process that is alone, just `main`.
 
-    All but the first are silent. What ends one of them while it sets up ends all, and one of them says why. Raises
-    what `main` does, ProcessesError, and ConnectionError where another process is gone.
+    All but the first are silent. What ends one of them while it sets up ends all with one exit code, 2 where it is
+    `bad_input`, and one of them says why. Raises what `main` does, ProcessesError, and ConnectionError where another
+    process is gone.
     """
     processes = find(os.environ)
     if processes.count == 1:
@@ -114,16 +118,19 @@ def together(main: Callable[[Processes], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print, too
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the end; a crash of Python itself is still seen
     try:
-        return _same_exit_code(processes, main(processes))
+        _agree_on_the_count(processes)
+        exit_code = _to_its_end(processes, main)
+        return _same_exit_code(processes, exit_code)
     except BaseException as error:
-        if isinstance(error, SystemExit) and (processes.told or not error.code):  # not error.code: --help
+        if isinstance(error, SystemExit) and processes.told:
             raise
         first_to_fail = True
         if processes.set_up:
-            processes.failed = True
+            processes.failed = _exit_code(error, bad_input)
         else:
             with contextlib.suppress(RuntimeError):  # with nobody left to tell, it says itself what was wrong
-                first_to_fail = _first_to_fail(_exchange(processes, None)) == processes.index
+                said = _exchange(processes, {FAILED: _exit_code(error, bad_input)})
+                first_to_fail = _first_to_fail(said) == processes.index
         if first_to_fail and not processes.is_first:
             sys.stderr = stderr
             print(f"process {processes.index} on {socket.gethostname()}: ", end="", file=stderr)
@@ -134,9 +141,51 @@ def together(main: Callable[[Processes], int]) -> int:
         raise
 
 
+def _to_its_end(processes: Processes, main: Callable[[Processes], int]) -> int:
+    try:
+        exit_code = main(processes)
+    except SystemExit as error:
+        if error.code:
+            raise
+        exit_code = 0  # --help
+    if not processes.set_up:  # so has to end what is asked only to print, in all
+        meet(processes, {GOES_ON: False})
+    return exit_code
+
+
+def _exit_code(error: BaseException, bad_input: tuple[type[Exception], ...]) -> int:
+    """What configurator.run_script makes of it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return 2 if isinstance(error, (ProcessesError, *bad_input)) else 1
+
+
 def _connect(processes: Processes) -> None:
     import jax
 
+    missing = f"not all of {processes.count} processes met at {processes.address} within {START_SECONDS} s"
+    if processes.is_first:
+        port = int(processes.address.rpartition(":")[2])
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                free.bind(("", port))
+            except (OSError, OverflowError) as error:  # JAX would end in a crash
+                raise ProcessesError(
+                    f"the first process cannot listen on port {port} ({error}); JAX_COORDINATOR_PORT, the same in all "
+                    f"processes, chooses another"
+                ) from None
+
+    def give_up() -> None:  # JAX would end the process with a stack of C++
+        hint = "start them all, each with its own number, and with this address of the first one"
+        os.write(2, f"error: {missing}; {hint}\n".encode())
+        os._exit(2)
+
+    too_late = threading.Timer(START_SECONDS, give_up)
+    too_late.daemon = True
+    too_late.start()
     # It would take SIGTERM for itself, and have each process save when it likes.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -146,42 +195,62 @@ def _connect(processes: Processes) -> None:
             processes.index,
             local_device_ids=None if processes.device is None else [processes.device],
             cluster_detection_method="deactivate",  # it would take SLURM's local task number for that of a GPU
-            initialization_timeout=START_SECONDS,
+            initialization_timeout=START_SECONDS + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
     except RuntimeError as error:
-        raise ProcessesError(
-            f"not all of {processes.count} processes met at {processes.address} within {START_SECONDS} s: {error}"
-        ) from None
+        raise ProcessesError(f"{missing}: {error}") from None
+    finally:
+        too_late.cancel()
 
 
 def _leave_if_failed(processes: Processes) -> None:
     """The process's end without JAX's, which is to wait for the others."""
-    if processes.failed:
+    if processes.failed is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(processes.failed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # agreement
 
 
+FAILED, GOES_ON = "failed", "goes on"
+
+
+def _agree_on_the_count(processes: Processes) -> None:
+    """Raise ProcessesError where this process was told of more or fewer of them than the first one."""
+    if processes.is_first:
+        _store().key_value_set("nanogpt/count", str(processes.count))
+        return
+    told, processes.count = processes.count, int(_store().blocking_key_value_get("nanogpt/count", 1000 * START_SECONDS))
+    if told != processes.count:
+        raise ProcessesError(f"this process was told that it is one of {told}, and process 0 of {processes.count}")
+
+
 def meet(processes: Processes, facts: dict[str, Any]) -> None:
     """Wait until all are here. facts: name -> what has to be the same in all. Raises ProcessesError if it is not."""
     if processes.count == 1:
         return
+    facts = {GOES_ON: True} | facts
     said = _exchange(processes, facts)
-    if _first_to_fail(said) is not None:
+    if (failed := _first_to_fail(said)) is not None:
         processes.told = True
-        raise SystemExit(1)
+        if processes.is_first:
+            print(f"error: process {failed} has stopped; its own line says why", file=sys.stderr)
+        raise SystemExit(said[failed][FAILED])
+    if len({each[GOES_ON] for each in said}) > 1:
+        raise ProcessesError(
+            "some processes are only to print (--help, --print_config); all need the same command line"
+        )
     differing = [(i, name) for name in facts for i in range(processes.count) if said[i].get(name) != said[0].get(name)]
     if differing:
         i, name = differing[0]
         raise ProcessesError(
-            f"process {i} has {name}={said[i].get(name)}, and process 0 has {said[0].get(name)}; all need the same "
-            f"command line, and the same files under the same names"
+            f"process {i} has {name}={str(said[i].get(name))[:100]}, and process 0 has {str(said[0].get(name))[:100]}; "
+            f"all need the same command line, and the same files under the same names"
         )
 
 
@@ -198,8 +267,8 @@ def _same_exit_code(processes: Processes, exit_code: int) -> int:
     return int(_store().blocking_key_value_get("nanogpt/exit", 1000 * PATIENCE_SECONDS))
 
 
-def _exchange(processes: Processes, facts: dict[str, Any] | None) -> list[Any]:
-    """What each process says at this meeting; None: that it has failed. Waits for all of them."""
+def _exchange(processes: Processes, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process says at this meeting. Waits for all of them."""
     processes.times_met += 1
     meeting = f"nanogpt/{processes.times_met}"
     _store().key_value_set(f"{meeting}/{processes.index}", json.dumps(facts))
@@ -207,8 +276,8 @@ def _exchange(processes: Processes, facts: dict[str, Any] | None) -> list[Any]:
     return [json.loads(_store().blocking_key_value_get(f"{meeting}/{i}", 1000 * PATIENCE_SECONDS)) for i in every]
 
 
-def _first_to_fail(said: list[Any]) -> int | None:
-    return next((i for i, facts in enumerate(said) if facts is None), None)
+def _first_to_fail(said: list[dict[str, Any]]) -> int | None:
+    return next((i for i, facts in enumerate(said) if FAILED in facts), None)
 
 
 def _store() -> Any:

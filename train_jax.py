@@ -186,11 +186,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     data_dir, codec, vocab_size = jax_options.open_data(config, meta, weights)
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
-    files = {f"the size of {split}.bin": (data_dir / f"{split}.bin").stat().st_size for split in ("train", "val")}
     options = dataclasses.asdict(config)
-    start_from = config.init_from if meta is None else str(step_dir)
-    jax_processes.meet(processes, options | files | {"init_from": start_from})
     if processes.count > 1:
+        checkpoint = None if meta is None else step_dir
+        jax_processes.meet(processes, jax_options.same_in_all(config, checkpoint, weights, data_dir, codec, vocab_size))
         stop.listen()  # a signal that ended one of them now would leave the others waiting
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -482,14 +481,18 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     return exit_code
 
 
+BAD_INPUT = (
+    jax_data.DataError,
+    jax_run_dir.CheckpointError,
+    jax_run_log.MetricsError,
+    jax_weights.WeightsError,
+    jax_lock.LockError,
+)
+
 if __name__ == "__main__":
     configurator.run_script(
-        functools.partial(jax_processes.together, main),
-        jax_data.DataError,
-        jax_run_dir.CheckpointError,
-        jax_run_log.MetricsError,
-        jax_weights.WeightsError,
-        jax_lock.LockError,
+        lambda: jax_processes.together(main, ConfigError, *BAD_INPUT),
+        *BAD_INPUT,
         jax_processes.ProcessesError,
         machine_failed=(jax_run_dir.SaveError, OSError),
     )

@@ -4,6 +4,7 @@ python -m pytest tests/test_processes.py
 """
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jax_processes
@@ -37,14 +39,20 @@ def start(workdir: Path, environment: dict[str, str]) -> Iterator:
     """start('tiny.py', ...): the trainer in two processes, left running. second: what only the second one is given."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_two(*args: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+    def start_two(
+        *args: str, second: tuple[str, ...] = (), code: str = "", counts: tuple[int, int] = (2, 2), port: int = 0
+    ) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        for index in range(2):
-            place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+            address = f"127.0.0.1:{port or free.getsockname()[1]}"
+        for index, count in enumerate(counts):
+            place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+            script = [str(ROOT / "train_jax.py")]
+            if code:  # run before the script
+                run = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {code}; sys.argv[0] = {script[0]!r}; "
+                script = ["-c", run + "runpy.run_path(sys.argv[0], run_name='__main__')"]
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_jax.py"), *args, *(second if index else ())],
+                [sys.executable, *script, *args, *(second if index else ())],
                 cwd=workdir, env=environment | QUICKLY | place, text=True, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
@@ -116,8 +124,71 @@ def test_mistake_of_one_process_is_told_by_that_one_and_ends_both(start, workdir
     assert second.returncode == 2
     (line,) = errors.splitlines()
     assert re.match(r"process 1 on \S+: error: no data set 'nowhere'", line)
-    assert first.communicate(timeout=60)[1] == "" and first.returncode == 1
-    assert not (workdir / "out").exists()
+    assert first.communicate(timeout=60)[1] == "error: process 1 has stopped; its own line says why\n"
+    assert first.returncode == 2 and not (workdir / "out").exists()
+
+
+def test_processes_that_are_not_as_many_as_they_were_told_end_with_one_line(start):
+    first, second = start("tiny.py", counts=(2, 3))
+    assert "error: this process was told that it is one of 3, and process 0 of 2\n" in second.communicate(timeout=60)[1]
+    assert first.communicate(timeout=60)[1] == "error: process 1 has stopped; its own line says why\n"
+    assert (first.returncode, second.returncode) == (2, 2)
+
+
+def test_a_process_that_stays_away_is_one_line_for_those_that_wait(start, workdir):
+    impatient = "import jax_processes; jax_processes.START_SECONDS = 3"
+    (first,) = start("tiny.py", code=impatient, counts=(2,))
+    said = r"error: not all of 2 processes met at 127\.0\.0\.1:\d+ within 3 s; start them all, .*\n"
+    assert re.fullmatch(said, first.communicate(timeout=60)[1]) and first.returncode == 2
+
+
+def test_a_port_that_is_taken_is_one_line_not_a_crash(start):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        (first,) = start("tiny.py", counts=(2,), port=port)
+        said = rf"error: the first process cannot listen on port {port} \(.*\); JAX_COORDINATOR_PORT, .*\n"
+        assert re.fullmatch(said, first.communicate(timeout=60)[1]) and first.returncode == 2
+
+
+def test_a_process_that_is_only_to_print_does_not_leave_the_other_waiting(start):
+    for only_one in ("--print_config", "--help"):
+        _, errors = finish(start("tiny.py", second=(only_one,)), expect=2)
+        assert errors == ["error: some processes are only to print (--help, --print_config); all need the same command "
+                          "line\n", ""]  # fmt: skip
+    printed, _ = finish(start("tiny.py", "--print_config"), expect=0)
+    assert "n_layer" in printed[0] and printed[1] == ""
+
+
+def test_a_config_that_takes_the_time_for_a_name_is_the_same_in_all(start, workdir):
+    (workdir / "named.py").write_text("import time\nwandb_run_name = f'run-{time.time()}'\n")
+    finish(start("tiny.py", "named.py", "--max_iters=1"), expect=0)
+
+
+def test_other_contents_under_the_same_name_are_told(start, workdir):
+    """Each process in a folder of its own, as on machines without a common disk."""
+    data = "import os; os.environ['JAX_PROCESS_ID'] == '1' and os.chdir('elsewhere')"
+    shutil.copytree(workdir / "data", workdir / "elsewhere/data")
+    shutil.copy(workdir / "tiny.py", workdir / "elsewhere")
+    ids = np.fromfile(workdir / "elsewhere/data/tiny/train.bin", np.uint16)
+    ids[::-1].tofile(workdir / "elsewhere/data/tiny/train.bin")
+    _, errors = finish(start("tiny.py", code=data), expect=2)
+    assert re.match(
+        r"error: process 1 has train\.bin=[\d,]+ bytes, crc \w{8}, and process 0 has [\d,]+ bytes", errors[0]
+    )
+
+
+def test_bad_data_that_any_process_meets_stops_all_at_the_same_step_and_what_was_computed_is_saved(start, workdir):
+    long = (*EXACT, "--max_iters=100000", "--eval_interval=100000", "--learning_rate=1e-4", "--min_lr=1e-4")
+    first, second = start(*long)
+    assert first.stdout is not None
+    assert any(line.startswith("iter 5:") for line in first.stdout), first.communicate()
+    ids = np.memmap(workdir / "data/tiny/train.bin", np.uint16, "r+")
+    ids[len(ids) // 2 :: 400] = 60_000  # seldom enough that mostly one of the processes has it in its rows
+    ids.flush()
+    _, errors = finish([first, second], expect=2)
+    assert re.match(r"error: .*: a token id in the train data is 60000, not below ", errors[0])
+    (step,) = jax_run_dir.sealed_steps(workdir / "out")
+    assert step >= 6 and max(i for _, i in losses(workdir / "out")) == step - 1
 
 
 def test_process_that_dies_ends_the_other_and_the_run_can_be_resumed_by_two(start, quick, workdir):
@@ -206,6 +277,7 @@ def test_processes_are_found_in_the_environment(env, expected):
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID must be a whole number in each process's environment, not None"),
         (PLAIN | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"),
         (PLAIN | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be a whole number .*, not 'two'"),
+        (PLAIN | {"JAX_LOCAL_DEVICE_IDS": "0,x"}, "JAX_LOCAL_DEVICE_IDS=0,x must be the numbers of devices, as in 0,1"),
         (PLAIN | {"JAX_COORDINATOR_ADDRESS": "a"}, "JAX_COORDINATOR_ADDRESS=host:port does not say where"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but MASTER_ADDR:MASTER_PORT does not say where"),
     ],
