@@ -196,6 +196,8 @@ def coerce(source: str, key: str, value: Any, kind: Kind) -> Any:
     if result is None and kind.optional:
         return None
     good = isinstance(result, kind.base) and isinstance(result, bool) == (kind.base is bool)
+    if good and kind.base is int and kind.between is not None and result >= 2**32:  # no count is, nor any array
+        raise ConfigError(f"{source}: {key} must be {kind}, and below {2**32}")
     if good and (not kind.choices or result in kind.choices) and (kind.between is None or result in kind.between):
         return result
     raise ConfigError(f"{source}: {key} must be {kind}, not {value!r}")

@@ -180,7 +180,7 @@ def lay_out(rows: int, batch_size: int, available_devices: int) -> Layout:
     """Spread `rows` over the most devices that divide them, at most `batch_size` rows a device at a time."""
     devices = max(n for n in range(1, available_devices + 1) if rows % n == 0)
     rows_each = rows // devices
-    rows_at_once = max(b for b in range(1, min(batch_size, rows_each) + 1) if rows_each % b == 0)
+    rows_at_once = next(b for b in range(min(batch_size, rows_each), 0, -1) if rows_each % b == 0)
     return Layout(devices, rows_each // rows_at_once, rows_at_once)
 
 

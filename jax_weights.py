@@ -142,7 +142,7 @@ def open_weights(name_or_path: str | Path) -> Weights:
         path = _from_hub(str(name_or_path))
     if path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
         path /= "ckpt.pt"  # the out_dir of nanoGPT
-    if path.is_file() and path.suffix in (".pt", ".pth"):
+    if path.is_file() and path.suffix in (".pt", ".pth", ".ckpt"):
         return _open_nanogpt(path)
     folder = path if path.is_dir() else path.parent
     options, model = _read_hf_config(folder)

@@ -234,7 +234,7 @@ def main() -> None:
     if found is not None and codec.vocab_size > found.model["vocab_size"]:
         raise ConfigError(
             f"{config.init_from} has a vocabulary of {found.model['vocab_size']}, and the {codec.tokenizer} tokenizer "
-            f"one of {codec.vocab_size}: put the meta.json of the data that it was trained on beside the weights"
+            f"one of {codec.vocab_size}: put the meta.json or meta.pkl of its training data beside the weights"
         )
 
     # jax is imported only from here on, so that a mistake in the options is told at once

@@ -19,11 +19,15 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 PIECE = 2**20  # characters encoded at a time, so that a big text never becomes one big Python list
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option, and a description as it was written."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage before it."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise DataError(f"{message} (--help shows every option)")
@@ -51,6 +55,13 @@ def val_fraction(text: str) -> float:
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return share
+
+
+def path(text: str) -> Path:
+    """The argparse type of a path. An empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file or folder, or . for the current one")
+    return Path(text)
 
 
 def download(url: str, path: Path, sha256: str) -> None:

@@ -207,6 +207,7 @@ def test_any_value_survives_being_written_as_a_flag(name, count, rate, flag):
         (["--batch_size=__import__('os').getpid()"], ["batch_size"]),
         (["--batch_size=" + "(" * 5000], ["batch_size"]),
         (["--batch_size=0"], ["batch_size", "at least 1", "not 0"]),
+        (["--n_embd=1" + 30 * "0"], ["n_embd", "at least 1", "below 4294967296"]),
         (["--batch_size", "0"], ["--batch_size=0", "at least 1"]),
         (["--learning_rate=nan"], ["learning_rate", "nan"]),
         (["--learning_rate=-1"], ["learning_rate", "at least 0"]),

@@ -388,6 +388,13 @@ def test_bad_input_is_one_line(program, args, words, tmp_path, few_names, monkey
         assert word in err
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_mark_that_some_editors_put_first_is_no_letter(program, tmp_path, monkeypatch, capsys):
+    (tmp_path / "names.txt").write_text("\ufeffemma\nbo\n", encoding="utf-8")
+    run_main(load_program(program), monkeypatch, f"--input={tmp_path / 'names.txt'}", "--steps=0", "--samples=0")
+    assert capsys.readouterr().out.startswith("num docs: 2\nvocab size: 6\n")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the page
 

@@ -110,6 +110,13 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(repo, name):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "stdlib_char"])
+def test_options_that_there_are_not_are_one_line_and_help_writes_nothing(repo, name):
+    assert_one_line(prepare(repo, f"{name}/prepare.py", "--val_fraction=0.5"), "--val_fraction=0.5")
+    assert f"python data/{name}/prepare.py" in prepare(repo, f"{name}/prepare.py", "--help").stdout
+    assert not list((repo / "data" / name).glob("*.bin"))
+
+
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
 def test_own_input_that_is_not_utf8_or_empty_is_one_line(repo, name):
     need_gpt2_tokenizer(repo)
@@ -194,6 +201,8 @@ def test_own_text_that_cannot_be_used_is_one_line_and_exit_2(repo, tmp_path):
         ((f"--input={tmp_path / 'tiny'}", out), ("train.bin", "more text")),
         ((f"--input={tmp_path / 'many'}", out), ("69,632 distinct characters", "--tokenizer=bytes")),
         ((f"--input={tmp_path / 'none'}", out), ("no such file",)),
+        ((f"--input={tmp_path / 'tiny'}", "--out="), ("--out", "is empty")),
+        (("--input=", out), ("--input", "is empty")),
         ((f"--input={tmp_path / 'tiny'}",), ("--out",)),
         ((out,), ("--input",)),
         ((f"--input={tmp_path / 'tiny'}", out, "--tokenizer=words"), ("words", "char")),
@@ -205,6 +214,16 @@ def test_own_text_that_cannot_be_used_is_one_line_and_exit_2(repo, tmp_path):
     for options, words in cases:
         assert_one_line(prepare(repo, "prepare_text.py", *options), *words)
     assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_data_sets_in_a_folder_of_text_are_not_text(repo, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/one.txt").write_text("some text " * 100)
+    (tmp_path / "notes/train.bin.txt").write_text("more text " * 100)
+    for out in ("notes", "notes/deeper", "other", "third"):
+        options = (f"--input={tmp_path / 'notes'}", f"--out={tmp_path / out}", "--tokenizer=bytes")
+        done = prepare(repo, "prepare_text.py", *options)
+        assert done.returncode == 0 and "files: 2\n" in done.stdout, done.stderr
 
 
 def test_gpt2_tokenizer_that_cannot_be_fetched_is_one_line(repo, tmp_path):

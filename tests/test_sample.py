@@ -174,8 +174,8 @@ def test_sampling_from_weights_that_are_not_a_runs(quick, workdir):
     assert refused.stderr.count("\n") == 1
     refused = quick(*common, "--init_from=small", PYTHONPATH=str(workdir), expect=2)
     assert refused.stderr == (
-        "error: small has a vocabulary of 200, and the gpt2 tokenizer one of 50257: put the meta.json of the data that "
-        "it was trained on beside the weights\n"
+        "error: small has a vocabulary of 200, and the gpt2 tokenizer one of 50257: put the meta.json or meta.pkl of "
+        "its training data beside the weights\n"
     )
 
 

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
-from prepare_tools import run, shakespeare_text, split_text, write_text
+from prepare_tools import OneLineParser, run, shakespeare_text, split_text, write_text
 
 
 def main() -> None:
+    OneLineParser(description=__doc__).parse_args()
     here = Path(__file__).resolve().parent
     write_text(here, "char", *split_text(shakespeare_text(here), val_fraction=0.1))
 

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
-from prepare_tools import DataError, read_text, run, write_text
+from prepare_tools import DataError, OneLineParser, read_text, run, write_text
 
 # tests, other people's packages, tables of characters, and what only some installations have
 LEFT_OUT = {
@@ -27,6 +27,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def main() -> None:
+    OneLineParser(description=__doc__).parse_args()
     root = Path(sysconfig.get_paths()["stdlib"])
     files = source_files(root)
     if len(files) < 10:

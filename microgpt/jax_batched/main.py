@@ -129,7 +129,7 @@ def main():
     try:
         if args.input == NAMES and not NAMES.exists():
             NAMES.write_bytes(urllib.request.urlopen(URL, timeout=30).read())
-        lines = map(str.strip, args.input.read_text(encoding="utf-8").split("\n"))
+        lines = map(str.strip, args.input.read_text(encoding="utf-8-sig").split("\n"))
         docs = [line for line in lines if line] or parser.exit(2, f"error: {args.input} is empty\n")
     except (OSError, HTTPException, ValueError) as error:
         parser.exit(2, f"error: no names: {error}; put {URL} at {NAMES}, or give --input=FILE\n")
