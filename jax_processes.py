@@ -142,13 +142,14 @@ def together(main: Callable[[Processes], int], *bad_input: type[Exception]) -> i
 
 
 def _to_its_end(processes: Processes, main: Callable[[Processes], int]) -> int:
+    """The exit code of main. Raises what it does, and ProcessesError where it ends before training in some only."""
     try:
         exit_code = main(processes)
     except SystemExit as error:
         if error.code:
             raise
         exit_code = 0  # --help
-    if not processes.set_up:  # so has to end what is asked only to print, in all
+    if not processes.set_up:  # asked only to print, or a run that is finished: the others would wait for this one
         meet(processes, {GOES_ON: False})
     return exit_code
 
@@ -217,7 +218,7 @@ def _leave_if_failed(processes: Processes) -> None:
 # agreement
 
 
-FAILED, GOES_ON = "failed", "goes on"
+FAILED, GOES_ON = "failed", "goes on"  # what a process says of itself: its exit code; whether it will train
 
 
 def _agree_on_the_count(processes: Processes) -> None:
