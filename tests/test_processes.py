@@ -3,6 +3,7 @@
 python -m pytest tests/test_processes.py
 """
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -15,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jax_data
 import jax_processes
 import jax_run_dir
+import jax_weights
 from jax_processes import Processes, ProcessesError
 from tests import torture
 from tests.running import QUICKLY
+from tests.weight_files import FIXTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Losses that do not depend on the number of devices; at a lower rate rounding errors stay small for longer.
@@ -169,6 +173,26 @@ def test_other_contents_under_the_same_name_are_told(start, workdir):
     assert re.match(
         r"error: process 1 has train\.bin=[\d,]+ bytes, crc \w{8}, and process 0 has [\d,]+ bytes", errors[0]
     )
+
+
+def test_outlines_of_data_and_weights_show_what_differs(tmp_path):
+    data = np.arange(3_000_000, dtype=np.uint16)
+    outlines = set()
+    for at in (None, 0, 1_499_999, 2_999_999):  # as it is; another first, middle and last id
+        changed = data.copy()
+        changed[: 0 if at is None else at + 1][-1:] += 1
+        changed.tofile(tmp_path / "train.bin")
+        outlines.add(jax_data.outline(tmp_path / "train.bin"))
+    assert len(outlines) >= 3  # the middle one lies between two samples
+    data[:10].tofile(tmp_path / "train.bin")
+    assert jax_data.outline(tmp_path / "train.bin").startswith("20 bytes, crc ")
+
+    weights = jax_weights.open_weights(FIXTURES / "single")
+    name, tensor, transposed = weights.tensors["h.0.attn.c_proj.kernel"]
+    other = tensor._replace(read=lambda: tensor.read() + 1e-3)
+    tensors = weights.tensors | {"h.0.attn.c_proj.kernel": (name, other, transposed)}
+    assert weights.outline() == jax_weights.open_weights(FIXTURES / "single").outline()
+    assert weights.outline() != dataclasses.replace(weights, tensors=tensors).outline()
 
 
 def test_bad_data_that_any_process_meets_stops_all_at_the_same_step_and_what_was_computed_is_saved(start, workdir):
