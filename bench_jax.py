@@ -38,9 +38,9 @@ import configurator
 import jax_codec
 import jax_data
 import jax_run_log
-from configurator import ConfigError
+from configurator import AtLeast0, AtLeast1, ConfigError
 from jax_options import MODEL_SHAPE, note_what_means_nothing
-from train_jax import AtLeast0, AtLeast1, TrainConfig
+from train_jax import TrainConfig
 
 
 @dataclass(frozen=True)

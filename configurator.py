@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
@@ -58,6 +58,11 @@ class Between:
         if self.high is not None:
             text += f" and at most {self.high:.12g}"
         return text if self.below is None else f"{text} and below {self.below:.12g}"
+
+
+# Counts and sizes: none is larger, and JAX would end in a traceback.
+AtLeast0 = Annotated[int, Between(0, below=2**32)]
+AtLeast1 = Annotated[int, Between(1, below=2**32)]
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, default: Config | None = None) -> Config:
@@ -196,8 +201,6 @@ def coerce(source: str, key: str, value: Any, kind: Kind) -> Any:
     if result is None and kind.optional:
         return None
     good = isinstance(result, kind.base) and isinstance(result, bool) == (kind.base is bool)
-    if good and kind.base is int and kind.between is not None and result >= 2**32:  # no count is, nor any array
-        raise ConfigError(f"{source}: {key} must be {kind}, and below {2**32}")
     if good and (not kind.choices or result in kind.choices) and (kind.between is None or result in kind.between):
         return result
     raise ConfigError(f"{source}: {key} must be {kind}, not {value!r}")

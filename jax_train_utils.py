@@ -51,8 +51,10 @@ def make_optimizer(
 
 
 def global_norm(grads: Params) -> jax.Array:
-    """optax.tree.norm, the root of the sum of all squares: with one sum at the end and not one for each array, since on
-    a GPU each is a kernel, and GPT-2 has 75 arrays."""
+    """optax.tree.norm, the root of the sum of all squares, a scalar; of one array at least.
+
+    With one sum at the end and not one for each array, since on a GPU each is a kernel, and GPT-2 has 75 arrays.
+    """
     squares = [jnp.square(g) if g.ndim < 2 else jnp.sum(jnp.square(g), axis=-1) for g in jax.tree.leaves(grads)]
     joined = jnp.concatenate([square.reshape(-1) for square in squares])
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(joined)))  # the barrier: else XLA takes it apart again

@@ -33,7 +33,7 @@ import configurator
 import jax_codec
 import jax_run_dir
 import jax_weights
-from configurator import Between, ConfigError
+from configurator import AtLeast0, AtLeast1, Between, ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class SampleConfig:
     checkpoint: str = "latest"  # of the run: latest | best | a step number
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     prompt_per_line: bool = False  # with FILE: each line that is not blank is a prompt of its own
-    num_samples: Annotated[int, Between(1)] = 10  # samples of each prompt, all in one batch
-    max_new_tokens: Annotated[int, Between(0)] = 500  # tokens to add to the prompt
+    num_samples: AtLeast1 = 10  # samples of each prompt, all in one batch
+    max_new_tokens: AtLeast0 = 500  # tokens to add to the prompt
     temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is safer, above 1 wilder, 0 greedy
     top_k: Annotated[int | None, Between(1)] = 200  # draw among the k likeliest tokens only; None is all of them
     top_p: Annotated[float | None, Between(0.0, 1.0)] = None  # the likeliest that have this probability together

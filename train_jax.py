@@ -42,10 +42,8 @@ import jax_processes
 import jax_run_dir
 import jax_run_log
 import jax_weights
-from configurator import Between, ConfigError
+from configurator import AtLeast0, AtLeast1, Between, ConfigError
 
-AtLeast0 = Annotated[int, Between(0)]
-AtLeast1 = Annotated[int, Between(1)]
 NonNegative = Annotated[float, Between(0.0, below=math.inf)]
 Probability = Annotated[float, Between(0.0, below=1.0)]
 

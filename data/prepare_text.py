@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from prepare_tools import DataError, OneLineParser, path, read_text, run, split_text, val_fraction, write_text
+from prepare_tools import DataError, OneLineParser, named_path, read_text, run, split_text, val_fraction, write_text
 
 MADE_HERE = ("train.bin", "val.bin", "meta.json", "meta.pkl")
 
@@ -32,8 +32,8 @@ def read_input(source: Path, separator: str, out: Path) -> str:
 
 def main() -> None:
     parser = OneLineParser(description="Make train.bin, val.bin and meta.json of your own text.")
-    parser.add_argument("--input", type=path, required=True, help="a UTF-8 text file, or a folder of them")
-    parser.add_argument("--out", type=path, required=True, help="the folder to write, such as data/mine")
+    parser.add_argument("--input", type=named_path, required=True, help="a UTF-8 text file, or a folder of them")
+    parser.add_argument("--out", type=named_path, required=True, help="the folder to write, such as data/mine")
     parser.add_argument("--tokenizer", choices=["char", "gpt2", "bytes"], default="char", help="what a token is")
     parser.add_argument("--val_fraction", type=val_fraction, default=0.1, help="the share at the end for validation")
     options = parser.parse_args()

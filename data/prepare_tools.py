@@ -57,7 +57,7 @@ def val_fraction(text: str) -> float:
     return share
 
 
-def path(text: str) -> Path:
+def named_path(text: str) -> Path:
     """The argparse type of a path. An empty one, as of a variable that is not set, would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or folder, or . for the current one")
