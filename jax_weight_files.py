@@ -8,7 +8,9 @@ data and tensors, and neither torch nor jax is imported.
 import contextlib
 import functools
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,9 @@ class Tensor(NamedTuple):
 
 FLOATS = {"float16", "bfloat16", "float32", "float64"}
 Tensors = dict[str, Tensor]
+# What zipfile and numpy raise for a byte that is not what it was: flags and versions that mean something else, a name
+# that is no UTF-8, an entry that is elsewhere, numbers that cannot be inflated.
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, KeyError, RuntimeError)
 
 
 @contextlib.contextmanager
@@ -85,7 +90,7 @@ def _read_safetensor(path: Path, name: str) -> np.ndarray:
 def open_npz(path: Path) -> Tensors:
     """The arrays of an .npz file, compressed or not. Raises WeightsError."""
     tensors = {}
-    with _damage_in(path, zipfile.BadZipFile, OSError, ValueError, EOFError), zipfile.ZipFile(path) as archive:
+    with _damage_in(path, *ZIP_DAMAGE), zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
             name = entry.removesuffix(".npy")
             with archive.open(entry) as file:
@@ -103,7 +108,7 @@ def open_npz(path: Path) -> Tensors:
 
 def _read_npz(path: Path, name: str) -> np.ndarray:
     with (
-        _damage_in(path, zipfile.BadZipFile, OSError, ValueError, EOFError),
+        _damage_in(path, *ZIP_DAMAGE),
         np.load(path, allow_pickle=False) as arrays,
     ):
         return arrays[name]
@@ -229,7 +234,7 @@ def _open_torch_zip(path: Path) -> Any:
 
 
 def _read_zip_entry(path: Path, folder: str, key: str) -> bytes:
-    with _damage_in(path, zipfile.BadZipFile, OSError, EOFError, KeyError), zipfile.ZipFile(path) as archive:
+    with _damage_in(path, *ZIP_DAMAGE), zipfile.ZipFile(path) as archive:
         return archive.read(folder + key)  # checks its CRC, too
 
 

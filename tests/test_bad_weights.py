@@ -197,6 +197,29 @@ def test_file_cut_anywhere_is_refused_and_one_with_a_flipped_byte_never_crashes(
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("name", ["bin/pytorch_model.bin", "logits.npz", "logits.npz, compressed"])
+def test_any_changed_byte_of_a_zip_entrys_header_is_told_when_the_entry_is_read(name, tmp_path):
+    name, _, compressed = name.partition(", ")
+    open_file, path = open_npz if name.endswith("npz") else open_torch, tmp_path / Path(name).name
+    shutil.copy(FIXTURES / name, path)
+    if compressed:
+        with np.load(FIXTURES / name) as arrays:
+            np.savez_compressed(path, **arrays)
+    whole, entry = path.read_bytes(), b"data/0" if name.endswith("bin") else b"gpt2.npy"
+    # Before its name the entry's own header has 30 bytes, and the list of entries at the end of the file 46.
+    headers = {whole.index(entry) - n for n in range(-1, 30)} | {whole.rindex(entry) - n for n in range(-1, 46)}
+    told = set()
+    for at in headers:
+        for changed in (whole[at] ^ bits for bits in (1, 8, 32, 255)):  # three flags of a zip file; all
+            path.write_bytes(whole[:at] + bytes([changed]) + whole[at + 1 :])
+            try:
+                for tensor in open_file(path).values():
+                    tensor.read()
+            except WeightsError as error:
+                told.add(str(error)[len(str(path)) :])
+    assert len(told) > 3 and not any("\n" in line for line in told)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # pickles run nothing
 
