@@ -61,7 +61,14 @@ class BenchConfig(TrainConfig):
 
 def main() -> None:
     config, sources = configurator.parse_with_sources(BenchConfig)
+    if config.print_config:
+        configurator.print_sources(config, sources)
+        return
     note_what_means_nothing(sources)
+    if config.init_from != "scratch":
+        print(
+            f"note: init_from={config.init_from} is not read: the weights are new ones, of the shape the options give"
+        )
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     if config.new_tokens == 1:
@@ -104,7 +111,7 @@ def main() -> None:
             return x_RT, x_RT
         return jax_data.get_batch(
             data_dir, "train", step, seed=config.seed, batch_size=rows, block_size=config.block_size,
-            sampling=config.sampling,
+            sampling=config.sampling, vocab_size=vocab_size,
         )  # fmt: skip
 
     def device_rows(step: int) -> list[jax.Array]:

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import difflib
 import io
+import math
 import operator
 import os
 import re
@@ -22,7 +23,7 @@ import traceback
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -80,7 +81,8 @@ def parse_with_sources(
     """The options, and for each one given where it came from: 'config/x.py' or '--batch_size=32'."""
     kinds = {key: kind_of(hint) for key, hint in _field_hints(config_class).items()}
     files, flags, wants_help = split_argv(sys.argv[1:] if argv is None else argv, kinds)
-    prints_config = any(flag.key == "print_config" for flag in flags)  # which is a config file, and nothing beside it
+    shows = [value_of(flag.text, kinds[flag.key]) for flag in flags if flag.key == "print_config"]
+    prints_config = shows[-1:] == [True]  # and nothing beside it, as that is a config file
     say = (lambda text: None) if quiet or wants_help or prints_config else _print_any
     config = config_class() if default is None else default
     sources: dict[str, str] = {}
@@ -107,13 +109,29 @@ def parse_with_sources(
     return tyro_cli(config_class, [f"--{key}={value}" for key, value in options.items()], config), sources
 
 
-def print_sources(config: "DataclassInstance", sources: Mapping[str, str], default_label: str = "default") -> None:
-    """Every option with its value and where that came from; what is printed is itself a config file."""
-    rows = [(key, repr(value), sources.get(key, default_label)) for key, value in asdict(config).items()]
+def print_sources(
+    config: "DataclassInstance",
+    sources: Mapping[str, str],
+    default_label: str = "default",
+    undecided: Collection[str] = (),
+) -> None:
+    """Every option with its value and where that came from; what is printed is itself a config file.
+
+    Options that something else will decide, the `undecided`, are comments in it.
+    """
+    rows = [
+        (f"# {key}" if key in undecided else key, _literal(value), sources.get(key, default_label))
+        for key, value in asdict(config).items()
+    ]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(40, max(len(value) for _, value, _ in rows))  # one long prompt should not push all else away
     for key, value, source in rows:
         _print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {_one_line(source)}")
+
+
+def _literal(value: Any) -> str:
+    """The value as a config file has it."""
+    return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def run_script(

@@ -4,6 +4,7 @@ What lies where, and which checkpoint is the one to take: `jax_run_dir.py`.
 """
 
 import contextlib
+import json
 import logging
 import shutil
 import sys
@@ -20,7 +21,7 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
-from jax_run_dir import SCHEMA, CheckpointError, SaveError, remove_step, steps_in
+from jax_run_dir import META_FILE, SCHEMA, CheckpointError, SaveError, remove_step, steps_in
 
 SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small. GPT-2's large ones have 7 MB
 UNFINISHED = ".orbax-checkpoint-tmp"  # at the end of a folder's name: orbax's, and ours for best/
@@ -203,12 +204,12 @@ class Saver:
         meta = {"schema": SCHEMA, "step": step, **meta}
         self._saving = step, self._thread.submit(self._save, step, items, meta, is_best)
 
-    def copy_to_best(self, step: int) -> None:
-        """Make best/ a copy of a step saved before."""
+    def copy_to_best(self, step: int, meta: dict[str, Any]) -> None:
+        """Make best/ a copy of a step saved before, with what is known of it since then in the copy's meta."""
         self.wait()
         if self.saves:
             step_dir = self.root / str(step)
-            self._saving = step, self._thread.submit(lambda: self._make_best(self._copy_for_best(step_dir)))
+            self._saving = step, self._thread.submit(lambda: self._make_best(self._copy_for_best(step_dir, meta)))
 
     def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
         step_dir = self.root / str(step)
@@ -218,9 +219,10 @@ class Saver:
         }
         try:
             self._orbax.save(step_dir, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
-            # Killed between two of these: without the seal there is no such step, and with it the copy is only to be
-            # renamed (`_finish_best`). In best/ before it is sealed, it might be all that there is of a run.
-            copy = self._copy_for_best(step_dir) if is_best else None
+            # If we are killed before the step is sealed (`write_manifest(step_dir)`), there is no such step. If after
+            # that, the copy for best/ is whole, and `_finish_best` renames it. It is not renamed earlier, since until
+            # the step is sealed, what is in best/ might be all that there is of the run.
+            copy = self._copy_for_best(step_dir, {}) if is_best else None
             if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
                 with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
                     fsync(self.log)
@@ -235,11 +237,14 @@ class Saver:
         for old in older[self.keep :]:
             remove_step(self.root / str(old))
 
-    def _copy_for_best(self, step_dir: Path) -> Path:
-        """A second copy on disk rather than a link: what damages one leaves the other."""
+    def _copy_for_best(self, step_dir: Path, meta: dict[str, Any]) -> Path:
+        """A second copy on disk rather than a link: what damages one leaves the other. `meta` changes what it says."""
         temporary = self.best / f"{step_dir.name}{UNFINISHED}"
         try:
             shutil.copytree(step_dir, temporary, ignore=shutil.ignore_patterns("opt_state", f"{MANIFEST}*"))
+            if meta:
+                path = temporary / META_FILE
+                path.write_text(json.dumps(json.loads(path.read_bytes()) | meta))
             write_manifest(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

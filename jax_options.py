@@ -79,7 +79,7 @@ def inherit_options(defaults: Any, step_dir: Path, meta: dict[str, Any]) -> tupl
                 f"{key}={now} ({sources[key]}) contradicts the checkpoint {step_dir}, which has {key}={before}; "
                 f"leave it out, or start another run with its own --out_dir"
             )
-        if now != before:
+        if now != before and not config.print_config:
             print(f"resuming with {key} = {now}, which was {before} ({sources[key]})")
     return config, sources
 

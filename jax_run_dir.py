@@ -17,6 +17,7 @@ from typing import Any
 from jax_manifest import MANIFEST, find_fault
 
 SCHEMA = 3  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
+META_FILE = Path("meta", "metadata")  # where orbax's JSON handler puts `meta` in the folder of a step
 
 # What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
 META_TYPES: dict[str, tuple[type | None, ...]] = {
@@ -139,9 +140,11 @@ def find_checkpoint(out_dir: Path, which: str = "latest") -> tuple[Path, list[st
 
 def read_meta(step_dir: Path) -> dict[str, Any]:
     """What was saved beside the arrays, in the form of today's schema: META_TYPES. Raises CheckpointError."""
-    path = step_dir / "meta" / "metadata"  # where orbax's JSON handler puts it
+    path = step_dir / META_FILE
     try:
         meta = json.loads(path.read_bytes())
+    except FileNotFoundError:  # the trainer of this run keeps only the newest
+        raise CheckpointError(f"{path} was removed while it was being read; run the same command again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(meta, dict) or type(meta.get("schema")) is not int:

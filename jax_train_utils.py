@@ -5,6 +5,7 @@ Everything here is a plain function of plain trees; `train_jax.py` is the loop a
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ def initial_loss_scale(dtype: str) -> LossScale:
 
 def fresh_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """A fresh state on every device of the mesh."""
-    return jax.jit(functools.partial(init_state, config, optimizer, seed), out_shardings=replicated(mesh))()
+    state = jax.jit(functools.partial(init_state, config, optimizer, seed), out_shardings=replicated(mesh))()
+    jax_host_memory.give_back_freed_memory()  # the compiler's
+    return state
 
 
 def state_of(params: Params, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -324,17 +327,22 @@ def compile_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+_one_compilation = threading.Lock()
+
+
 def compile_ahead(jitted: Any, *arguments: Any) -> Future:
     """A jitted function compiled for such arguments, arrays or their shapes, while the caller goes on.
 
-    result() of what is returned waits for it and is the function to call, or raises what the compiler raised.
+    result() of what is returned waits for it and is the function to call, or raises what the compiler raised. Several
+    are compiled one after the other, as the compiler holds a hundred megabytes for each.
     On an accelerator it is done on return: there XLA tries out kernels as it compiles, and nothing may run beside them.
     """
     lowered = jitted.lower(*arguments)
 
     def compile_lowered() -> Any:
-        compiled = lowered.compile()
-        jax_host_memory.give_back_freed_memory()  # the compiler's, a hundred megabytes
+        with _one_compilation:
+            compiled = lowered.compile()
+            jax_host_memory.give_back_freed_memory()
         return compiled
 
     thread = ThreadPoolExecutor(max_workers=1)

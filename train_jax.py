@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the other imports, since it starts the scri
 import atexit
 import contextlib
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -122,32 +121,35 @@ class Progress:
     bad_steps: int = 0  # updates skipped because loss or gradient was not finite
 
 
-def make_evaluate(config: TrainConfig, model, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
-    """A function from parameters to (train loss, val loss), means over eval_iters batches of each split.
+def make_evaluate(config: TrainConfig, model, params, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
+    """A function from parameters like these to (train loss, val loss), means over eval_iters batches of each split.
 
-    The rows are the same at every evaluation; all of a split are one dispatch.
+    The rows are the same at every evaluation; all of a split are one dispatch. They are read here, so that bad data is
+    told before anything is computed. Raises DataError.
     """
     import jax_train_utils as utils
 
-    eval_losses = utils.compile_eval(model, mesh, config.scan_layers)
     rows = config.eval_iters * config.batch_size
     padded_R, micro_batches = utils.pad_rows(np.arange(rows), config.batch_size, mesh.size)
     own_rows = padded_R[utils.own_rows(len(padded_R), micro_batches, mesh)]
 
-    @functools.cache
-    def rows_of(split: str) -> list:
+    def batch_of(split: str) -> list[Any]:
         pair = jax_data.get_batch(
             data_dir, split, 0, seed=EVAL_SEED, batch_size=rows, block_size=config.block_size,
             sampling="spread", vocab_size=model.vocab_size, rows=own_rows,
         )  # fmt: skip
         return [utils.shard_rows(rows_RT, micro_batches, mesh) for rows_RT in pair]
 
-    def mean_loss(params: Any, split: str) -> float:
-        losses_AB = eval_losses(params, *rows_of(split))
+    batches = [batch_of("train_eval"), batch_of("val")]
+    eval_losses = utils.compile_ahead(utils.compile_eval(model, mesh, config.scan_layers), params, *batches[0])
+
+    def mean_loss(params: Any, batch: list[Any]) -> float:
+        losses_AB = eval_losses.result()(params, *batch)
         return float(np.asarray(losses_AB).reshape(-1)[:rows].mean())  # host-device sync
 
     def evaluate(params: Any) -> tuple[float, float]:
-        return mean_loss(params, "train_eval"), mean_loss(params, "val")
+        train_loss, val_loss = (mean_loss(params, batch) for batch in batches)
+        return train_loss, val_loss
 
     return evaluate
 
@@ -165,15 +167,18 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     steps_there = jax_run_dir.sealed_steps(out_dir)
     if config.init_from == "resume":
         step_dir, skipped = jax_run_dir.find_checkpoint(out_dir, config.checkpoint)
-        print("".join(f"{line}\n" for line in skipped), end="")
+        comment = "# " if config.print_config else ""
+        print("".join(f"{comment}{line}\n" for line in skipped), end="")
         meta = jax_run_dir.read_meta(step_dir)
         config, sources = jax_options.inherit_options(TrainConfig(), step_dir, meta)
     if config.print_config:
         labels = dict.fromkeys(jax_options.NEVER_INHERITED, "default") | sources
+        of_weights = set[str]()
         if config.init_from not in ("scratch", "resume"):
-            labels = dict.fromkeys(jax_options.MODEL_SHAPE, f"default; {config.init_from} decides") | labels
+            of_weights = set(jax_options.MODEL_SHAPE) - sources.keys()
+            labels |= dict.fromkeys(of_weights, f"default; {config.init_from} decides")
         config = dataclasses.replace(config, print_config=False)  # what is printed is a config file
-        configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint")
+        configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint", of_weights)
         return 0
     jax_options.check_options(config, sources)
     weights = None
@@ -257,11 +262,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
-        # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
-        losses = [progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)]
-        progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
+        if not config.eval_only:
+            # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
+            losses = [progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)]
+            progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
 
-    evaluate = make_evaluate(config, model, data_dir, mesh)
+    evaluate = make_evaluate(config, model, state.params, data_dir, mesh)
 
     def lr_at(iteration: int) -> float:
         if not config.decay_lr:
@@ -428,7 +434,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                         save(is_best=improved, last=last)
                     elif improved:  # saved by a signal before it could be evaluated
                         with telling_of_a_failed_save():
-                            saver.copy_to_best(step)
+                            saver.copy_to_best(step, {"best_val_loss": val_loss, "evaluated_at": step})
                 stopping = stop.agreed()  # an evaluation may take minutes
                 timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
             elif save_due and saved_at != step and not stopping:

@@ -48,6 +48,16 @@ def test_bench_without_the_data_set_takes_random_tokens_and_says_so(quick):
     assert "note: random tokens, since no data set 'nowhere'" in done.stdout
 
 
+def test_bench_says_what_it_does_not_read_and_prints_its_options_when_asked(quick):
+    few = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--steps=1", "--eval_iters=0", "--new_tokens=0")
+    done = quick("bench_jax.py", *few, "--real_data=False", "--batch_size=1", "--init_from=gpt2-xl")
+    assert "note: init_from=gpt2-xl is not read" in done.stdout
+    shown = quick("bench_jax.py", *few, "--print_config").stdout
+    namespace: dict[str, object] = {}
+    exec(shown, namespace)
+    assert (namespace["n_embd"], namespace["warmup_steps"]) == (8, 10)
+
+
 def test_bench_makes_several_steps_in_one_dispatch(quick, workdir):
     few = ("--warmup_steps=1", "--eval_iters=1", "--new_tokens=0", "--json=bench.json")
     done = quick("bench_jax.py", "tiny.py", "--steps=6", "--steps_per_dispatch=3", *few, JAX_LOG_COMPILES="1")

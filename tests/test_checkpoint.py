@@ -135,10 +135,12 @@ def test_only_the_newest_are_kept_and_best_apart(tmp_path):
 
 def test_a_step_saved_before_can_become_the_best(out_dir):
     saver = Saver(out_dir, 2)
-    saver.copy_to_best(7)
+    saver.copy_to_best(7, {"best_val_loss": 1.25, "evaluated_at": 7})
     saver.close()
-    assert find_checkpoint(out_dir, "best")[0].name == "7"
-    assert [p.name for p in (out_dir / "best").iterdir()] == ["7"]
+    best_dir = find_checkpoint(out_dir, "best")[0]
+    assert [p.name for p in (out_dir / "best").iterdir()] == [best_dir.name] == ["7"]
+    saved = read_meta(out_dir / "checkpoints" / "7")
+    assert read_meta(best_dir) == saved | {"best_val_loss": 1.25, "evaluated_at": 7} != saved
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import jax_data
 import jax_run_dir
 from tests import torture
-from tests.running import QUICKLY, metrics, wait_for_line
+from tests.running import QUICKLY, fingerprints, metrics, the_error, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ("tiny.py", "--save_interval=5", "--keep_checkpoints=3")
@@ -386,6 +386,22 @@ def test_data_that_turns_bad_ends_the_run_with_2_and_what_was_computed_is_saved(
     assert iterations == list(range(saved)) and saved > 3
     done = run("train_jax.py", "--init_from=resume", "--out_dir=out", f"--max_iters={saved + 1}")
     assert f"iter {saved}: " in done.stdout
+
+
+def test_evaluation_data_that_turned_bad_is_told_before_a_resumed_run_computes_anything(run, workdir, finished):
+    before = fingerprints(finished)
+    with (workdir / "data" / "tiny" / "val.bin").open("r+b") as file:
+        file.write(b"\xff" * (workdir / "data" / "tiny" / "val.bin").stat().st_size)
+    (workdir / "unlooked.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, jax_data, train_jax
+jax_data.check_dataset = lambda *_: None  # it looks at some of a large file's tokens
+configurator.run_script(train_jax.main, jax_data.DataError)
+""")
+    resume = ("--init_from=resume", "--out_dir=finished", "--max_iters=30", "--eval_interval=100")
+    assert "a token id in the val data is 65535" in the_error(run(str(workdir / "unlooked.py"), *resume, expect=2))
+    assert fingerprints(finished) == before
 
 
 def test_data_that_is_bad_from_the_first_batch_on_leaves_no_run_behind(run, workdir):

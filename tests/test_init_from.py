@@ -161,8 +161,16 @@ def test_print_config_says_who_decides_and_reads_no_weights(run, tune):
     shutil.rmtree(tune / "data")
     (tune / "weights" / "model.safetensors").unlink()
     done = run("train_jax.py", "tune.py", "--print_config=True", "--n_head=2")
-    assert re.search(r"^n_embd += 768 +# default; weights decides$", done.stdout, re.M)
+    assert re.search(r"^# n_embd += 768 +# default; weights decides$", done.stdout, re.M)
     assert re.search(r"^n_head += 2 +# --n_head=2$", done.stdout, re.M)
+
+
+def test_what_print_config_shows_of_a_run_from_weights_is_a_config_file(quick, tune):
+    printed = quick("train_jax.py", "tune.py", "--print_config=True", "--grad_clip=inf").stdout
+    (tune / "shown.py").write_text(printed)
+    quick("train_jax.py", "shown.py", "--max_iters=1")
+    config = json.loads((tune / "out" / "config.json").read_text())
+    assert (config["grad_clip"], config["n_embd"]) == (float("inf"), 16)
 
 
 def large_data(folder: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_manifest import write_manifest
+from jax_run_dir import META_FILE
 from tests.running import fingerprints, metrics, the_error, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -329,6 +331,15 @@ def test_eval_only_prints_the_run_s_own_losses_and_leaves_every_byte(run, workdi
     best = run("train_jax.py", "--init_from=resume", "--eval_only=True", "--out_dir=finished", "--checkpoint=best")
     assert best.stdout.splitlines()[-1] == lines[best_step]
     assert fingerprints(workdir) == before
+
+
+def test_eval_only_of_the_newest_step_does_not_ask_for_the_best_one(run, finished):
+    best_dir = next((finished / "best").iterdir())
+    (best_dir / META_FILE).write_text("{}")  # of which the trainer would say that it is not a checkpoint's
+    write_manifest(best_dir)
+    resume = ("--init_from=resume", "--out_dir=finished", "--max_iters=21")
+    assert "is not a checkpoint's" in the_error(run("train_jax.py", *resume, expect=2))
+    run("train_jax.py", *resume, "--eval_only=True")
 
 
 def test_eval_only_from_scratch_creates_nothing(run, workdir):

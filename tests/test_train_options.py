@@ -6,6 +6,7 @@ python -m pytest tests/test_train_options.py
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -49,6 +50,11 @@ def test_what_print_config_shows_is_a_config_file(quick, workdir):
     assert (config["n_head"], config["dataset"], config["max_iters"]) == (1, "tiny", 1)
 
 
+def test_print_config_that_is_false_silences_nothing(quick, workdir):
+    done = quick("train_jax.py", "tiny.py", "--max_iters=0", "--print_config=True", "--print_config=False")
+    assert "Overriding config with tiny.py" in done.stdout and "number of parameters" in done.stdout
+
+
 def test_resume_says_that_a_device_it_lacks_is_the_checkpoints(quick, workdir):
     two = "--xla_force_host_platform_device_count=2"
     quick("train_jax.py", "tiny.py", "--max_iters=1", "--device=cpu:1", XLA_FLAGS=two)
@@ -71,6 +77,12 @@ def test_resume_keeps_options_and_names_each_one_changed(quick, workdir):
     assert re.search(r"^eval_only *= False +# default$", shown, re.M)
     assert re.search(r"^seed *= 7 +# the checkpoint$", shown, re.M)
     assert re.search(r"^max_iters *= 9 +# --max_iters=9$", shown, re.M)
+    shutil.rmtree(workdir / "out" / "checkpoints" / "4" / "params")  # which is told, as a comment
+    shown = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--print_config=True", "--max_iters=9").stdout
+    assert "# checkpoint out/checkpoints/4 skipped: " in shown
+    namespace: dict[str, object] = {}
+    exec(shown, namespace)
+    assert (namespace["seed"], namespace["max_iters"]) == (7, 9)
 
 
 @pytest.mark.parametrize("option", ["n_layer=3", "n_embd=32", "block_size=8", "bias=True", "gelu=tanh"])
