@@ -43,19 +43,20 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Between:
-    """A range for a number: `Annotated[int, Between(1)]`. `low` and `high` are inclusive, `below` is exclusive."""
+    """A range for a number: `Annotated[int, Between(1)]`. `low` and `high` are inclusive, `above` and `below` not."""
 
-    low: float
+    low: float = -math.inf
     high: float | None = None
+    above: float | None = None
     below: float | None = None
 
     def __contains__(self, value: float) -> bool:
         # NaN fails the first comparison, and so every range.
-        high_enough = self.low <= value
+        high_enough = self.low <= value and (self.above is None or value > self.above)
         return high_enough and (self.high is None or value <= self.high) and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
-        text = f"at least {self.low:.12g}"
+        text = f"at least {self.low:.12g}" if self.above is None else f"above {self.above:.12g}"
         if self.high is not None:
             text += f" and at most {self.high:.12g}"
         return text if self.below is None else f"{text} and below {self.below:.12g}"

@@ -131,7 +131,6 @@ def main() -> None:
     files = tokenizer_files(codec, meta["model"])
 
     # jax is imported only here, so that a mistake in the options is told at once
-    import jax
 
     import jax_checkpoint
     import jax_devices
@@ -140,9 +139,7 @@ def main() -> None:
 
     mesh = utils.make_mesh(jax_devices.find_devices("cpu")[:1])  # nothing is computed
     model = GPTConfig(**meta["model"])
-    wanted = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=utils.replicated(mesh)), abstract_params(model)
-    )
+    wanted = utils.placed(abstract_params(model), utils.replicated(mesh))
     params = jax_checkpoint.restore(step_dir, {"params": wanted})["params"]
     if config.trim_vocab:
         params, model = trim_vocab(params, model, codec["vocab_size"])

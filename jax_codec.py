@@ -10,6 +10,7 @@ from reprlib import repr as short_repr
 from typing import Any, NoReturn
 
 GPT2_VOCAB_SIZE = 50257
+BYTES_VOCAB_SIZE = 256
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB_SIZE, "dtype": "uint16"}  # where there is no meta data
 
 
@@ -132,9 +133,9 @@ def make_codec(meta: dict[str, Any] | None) -> Codec:
     if tokenizer == "bytes":
         return Codec(
             "bytes",
-            256,
+            BYTES_VOCAB_SIZE,
             lambda text: list(text.encode("utf-8", errors="surrogatepass")),
-            lambda ids: bytes(_check_ids(ids, 256)).decode("utf-8", errors="replace"),
+            lambda ids: bytes(_check_ids(ids, BYTES_VOCAB_SIZE)).decode("utf-8", errors="replace"),
         )
     raise DataError(f"no codec for tokenizer {short_repr(tokenizer)}: char, gpt2 and bytes are known")
 

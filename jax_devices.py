@@ -96,9 +96,10 @@ def in_own_thread() -> Callable[..., Future]:
     On a CPU the Future is done when all of it is computed (several virtual devices would deadlock in the all-reduces of
     two steps under way), on an accelerator at once.
 
-    Call it before JAX looks for its devices. By itself XLA computes in threads of its own on a CPU, and says that a
-    result is there before the temporary memory is given back, so that the next step now and then takes as much again.
-    It does not when it is told to compute in the thread that asks; and that must not be the one that sees signals.
+    Call it before JAX looks for its devices. By default XLA runs a CPU's programs in threads of its own, and reports a
+    result before it has freed that program's temporary memory, so that the next step now and then takes as much again.
+    Without asynchronous dispatch a program runs in the thread that calls it, and this cannot happen; but that thread
+    must not be the main one, which handles signals.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")

@@ -37,7 +37,7 @@ def _gpu_kernels() -> Any:
 
 
 def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """x itself and jax_ops.layer_norm of it, each (R, D): a kernel for both adds their gradients on the way."""
+    """x itself and jax_ops.layer_norm of it, each (R, D): x, too, so that one kernel can also add its two gradients."""
     kernels = gpu_kernels(x_RD.dtype)
     if kernels is None:
         return x_RD, jax_ops.layer_norm(x_RD, scale_D, bias_D)
@@ -47,7 +47,8 @@ def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) ->
 def gelu(x_RF: jax.Array, form: str) -> jax.Array:
     """jax_ops.gelu of each element, (R, F) -> (R, F)."""
     kernels = gpu_kernels(x_RF.dtype)
-    return kernels.gelu_erf(x_RF) if kernels and form == "erf" else jax_ops.gelu(x_RF, form)
+    in_reach = x_RF.size < 2**32  # of a kernel's 32-bit count of elements
+    return kernels.gelu_erf(x_RF) if kernels and form == "erf" and in_reach else jax_ops.gelu(x_RF, form)
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

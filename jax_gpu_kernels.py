@@ -28,8 +28,8 @@ from jax_gpu_pallas import LOG2_E, call, exp2, exp_over, product_and_sum, recipr
 
 # Numbers, rows and so on that a program works on at a time, as measured on an H200 (dev/LOG.md).
 TILE = 1024
-ROWS_SUMMED = 32  # at least, whose contributions to the gradients of LayerNorm's weights one program adds up
-PROGRAMS = 512  # about as many are there for that at most: they are at work at the same time, and leave less to add up
+ROWS_SUMMED = 32  # one program adds up the gradients of LayerNorm's weights over this many rows at least
+PROGRAMS = 512  # and about this many programs do it at most: they all run at once, and leave fewer sums to add up
 LOGITS_TILE = 8192
 
 
@@ -178,7 +178,8 @@ def _by_element(function, *arrays: jax.Array) -> jax.Array:
 
     def gelu_kernel(*refs):
         *inputs, output_ref = refs
-        mask = pl.program_id(0) * TILE + jnp.arange(TILE) < size
+        there = jnp.where(pl.program_id(0) == size // TILE, size % TILE, TILE)  # of this tile
+        mask = jnp.arange(TILE) < there
         output = function(*(triton.load(ref, mask=mask, other=0).astype(jnp.float32) for ref in inputs))
         triton.store(output_ref, output.astype(dtype), mask=mask)
 

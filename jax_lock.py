@@ -1,7 +1,8 @@
 """One writer for each run directory: out_dir/lock, held by the trainer from before its first write to its end.
 
 The kernel's own lock (flock) is what counts, since it dies with its process. The text in the file names the holder, and
-decides alone where the kernel cannot: on a file system without flock, or one that keeps it to each host (some NFS).
+decides where the kernel cannot: on a file system without flock, and where the holder was another machine's, since some
+file systems (NFS) keep flock to each machine.
 Looking at it needs neither jax nor orbax, so that a second trainer is refused before they are imported.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NAME = "lock"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # on Linux; all containers of a machine see the same
 # What a file system without flock answers
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -39,7 +41,7 @@ class Lock(NamedTuple):
 def check(out_dir: Path) -> None:
     """Raise LockError if another process is known to write this run. Touches nothing."""
     path = Path(out_dir) / NAME
-    _refuse_if_alive(path, read_holder(path))
+    _refuse_if_alive(path, read_holder(path), has_flock=True)  # which `acquire` asks
 
 
 def acquire(out_dir: Path) -> Lock:
@@ -49,6 +51,7 @@ def acquire(out_dir: Path) -> Lock:
     path = Path(out_dir) / NAME
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by the processes that we start
+        has_flock = True
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,9 +60,10 @@ def acquire(out_dir: Path) -> Lock:
                     raise LockError(_in_use(path, read_holder(path))) from None
                 if error.errno not in NO_FLOCK:
                     raise
+                has_flock = False
             if _same_file(path, descriptor):  # else its holder removed it between our open and our flock
                 left = read_holder(path)
-                _refuse_if_alive(path, left)
+                _refuse_if_alive(path, left, has_flock)
                 if left:
                     print(f"taking over {path}: process {left.get('pid')} left it and does not run any more")
                 os.ftruncate(descriptor, 0)
@@ -93,27 +97,33 @@ def process_started(pid: int) -> str | None:
 
     A process id is given out again, after a reboot soon: with its start it is unique.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.exists():
+    if BOOT_ID.exists():
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return None
         state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-        return None if state in "ZX" else f"{boot.read_text().strip()} {fields[18]}"  # field 22, in ticks since boot
+        return None if state in "ZX" else f"{BOOT_ID.read_text().strip()} {fields[18]}"  # field 22, in ticks since boot
     shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return shown.stdout.strip() or None
 
 
-def _refuse_if_alive(path: Path, holder: dict[str, Any] | None) -> None:
+def _refuse_if_alive(path: Path, holder: dict[str, Any] | None, has_flock: bool) -> None:
     """Raise LockError unless the holder is known not to run any more."""
     if not holder:
         return
     pid, host = holder.get("pid"), holder.get("host")
     if host != socket.gethostname():
+        if has_flock and _of_this_kernel(holder):  # of another container here, or of this one before it was restarted
+            return
         raise LockError(f"{_in_use(path, holder)}. If it does not run any more: rm {path}")
     if type(pid) is int and pid > 0 and holder.get("started") == process_started(pid) is not None:
         raise LockError(_in_use(path, holder))
+
+
+def _of_this_kernel(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine since it was started, whatever its name for the machine."""
+    return BOOT_ID.exists() and str(holder.get("started")).partition(" ")[0] == BOOT_ID.read_text().strip()
 
 
 def _in_use(path: Path, holder: dict[str, Any] | None) -> str:

@@ -23,7 +23,9 @@ def _checksum(files: dict[str, dict]) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk."""
+    """Bring a file to the disk, or the entries of a folder: a new or renamed file is only safe with these."""
+    if os.name != "posix" and path.is_dir():  # elsewhere a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

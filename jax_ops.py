@@ -17,7 +17,7 @@ import numpy as np
 def _in_memory(*arrays: jax.Array) -> Any:
     """The same arrays, which on a GPU are written to its memory before anything that follows reads them.
 
-    XLA would else repeat what makes them in each operation that reads them.
+    Without this, XLA would compute them anew inside each operation that reads them.
     """
     return jax.lax.platform_dependent(
         *arrays, cpu=lambda *same: same, default=lambda *same: jax.lax.optimization_barrier(same)
@@ -133,14 +133,14 @@ def on_nvidia_gpu(dtype: jax.typing.DTypeLike) -> bool:
 def causal_attention(q_GTH: jax.Array, k_GTH: jax.Array, v_GTH: jax.Array, rate: float, seed_2) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v under a causal mask, for each of G heads; scores and softmax in float32 at least."""
     T, H = q_GTH.shape[1:]
-    scores_GTS = _products(q_GTH, k_GTH) / math.sqrt(H)
+    scores_GTS = _scores(q_GTH, k_GTH) / math.sqrt(H)
     visible_TS = jnp.tril(jnp.ones((T, T), dtype=bool))
     weights_GTS = softmax(jnp.where(visible_TS[None], scores_GTS, -jnp.inf)).astype(v_GTH.dtype)
     return jnp.einsum("GTS,GSH->GTH", dropout(weights_GTS, rate, seed_2), v_GTH)
 
 
 @jax.custom_vjp
-def _products(q_GTH, k_GTH):
+def _scores(q_GTH, k_GTH):
     """q k^T, in float32 at least, whose gradient is computed from what came back in the type of q and k.
 
     As everywhere else; JAX would take the products of a gradient in float32, which on a GPU are half as fast.
@@ -149,13 +149,13 @@ def _products(q_GTH, k_GTH):
     return jnp.einsum("GTH,GSH->GTS", q_GTH, k_GTH, preferred_element_type=precise)
 
 
-def _products_backward(saved, dscores_GTS):
+def _scores_backward(saved, dscores_GTS):
     q_GTH, k_GTH = saved
     dscores_GTS = dscores_GTS.astype(q_GTH.dtype)
     return jnp.einsum("GTS,GSH->GTH", dscores_GTS, k_GTH), jnp.einsum("GTS,GTH->GSH", dscores_GTS, q_GTH)
 
 
-_products.defvjp(lambda q_GTH, k_GTH: (_products(q_GTH, k_GTH), (q_GTH, k_GTH)), _products_backward)
+_scores.defvjp(lambda q_GTH, k_GTH: (_scores(q_GTH, k_GTH), (q_GTH, k_GTH)), _scores_backward)
 
 
 def _row_means(x_RD: jax.Array) -> jax.Array:

@@ -300,6 +300,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._interrupted = False
         self._highest: Callable[[int], int] | None = None
 
     def listen(self) -> None:
@@ -309,13 +310,16 @@ class StopRequest:
             signal.signal(signal.SIGHUP, self._request)
 
     def _request(self, signum: int, _frame: object) -> None:
-        if self.signal == signal.SIGINT == signum:
+        # SIGTERM and one Ctrl-C are what some launchers make of a single Ctrl-C: that saves.
+        if self._interrupted and signum == signal.SIGINT:
             with contextlib.suppress(OSError):
                 os.write(2, b"stopped at once; nothing was saved since the last checkpoint\n")
             os._exit(EXIT_INTERRUPTED)
         self.signal = signal.Signals(signum)  # nothing more: saving inside a handler can hang
+        self._interrupted |= signum == signal.SIGINT
+        how = "again" if self._interrupted else "twice"
         with contextlib.suppress(OSError):  # a console that is gone
-            os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C (again) stops at once\n".encode())
+            os.write(2, f"{self.signal.name}: stopping after this step; Ctrl-C {how} stops at once\n".encode())
 
     def share(self, mesh: Any) -> None:
         """From here on a signal to any process is one to all, where there are several: `agreed` says when."""

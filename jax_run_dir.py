@@ -31,9 +31,10 @@ META_TYPES: dict[str, tuple[type | None, ...]] = {
     "bad_steps": (int,),
     "devices": (str, None),
 }
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 # GPTConfig's fields; not taken from there, since that would import jax
 MODEL_TYPES: dict[str, tuple[type | None, ...]] = {
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), (int,)),
+    **dict.fromkeys(SIZES, (int,)),
     "dropout": (float, int),
     "bias": (bool,),
     "gelu": (str,),
@@ -156,8 +157,7 @@ def read_meta(step_dir: Path) -> dict[str, Any]:
     _check_types(path, meta, META_TYPES)
     _check_types(path, meta["model"], MODEL_TYPES)
     model = meta["model"]
-    sizes = [model[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
-    if set(model) != set(MODEL_TYPES) or min(sizes) < 1 or model["n_embd"] % model["n_head"]:
+    if set(model) != set(MODEL_TYPES) or min(model[key] for key in SIZES) < 1 or model["n_embd"] % model["n_head"]:
         raise CheckpointError(f"{path} is not a checkpoint's: there is no model {json.dumps(model)[:200]}")
     if str(meta["step"]) != step_dir.name:
         raise CheckpointError(f"{path} is of step {meta['step']}, but its folder is {step_dir.name}")

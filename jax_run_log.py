@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from jax_manifest import fsync
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Peak FLOP/s of one device
 
@@ -121,21 +123,13 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         tmp.unlink(missing_ok=True)
         raise
-    _fsync_dir(path.parent)
+    fsync(path.parent)
 
 
 def _json_line(record: dict[str, Any]) -> str:
     """NaN and infinity become null: JSON has neither, and null leaves a column of numbers a column of numbers."""
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _fsync_dir(path: Path) -> None:
-    """A new or renamed file is only safe once its directory is on the disk too."""
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +167,7 @@ class RunLog:
             kept = [] if self.resume_step is None else trim_metrics(path, self.resume_step)
             self.last_evaluation = max((r["iter"] for r in kept if "val/loss" in r), default=None)
             self.file = open(path, "wb" if self.resume_step is None else "ab", buffering=0)  # noqa: SIM115
-            _fsync_dir(self.out_dir)
+            fsync(self.out_dir)
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar where there is one. A console that fails does not stop a run."""

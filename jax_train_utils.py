@@ -6,7 +6,7 @@ Everything here is a plain function of plain trees; `train_jax.py` is the loop a
 import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -151,15 +151,19 @@ def state_of(params: Params, config: GPTConfig, optimizer: optax.GradientTransfo
 
 def abstract_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(functools.partial(init_state, config, optimizer, 0))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
+    return placed(jax.eval_shape(functools.partial(init_state, config, optimizer, 0)), replicated(mesh))
+
+
+def placed(shapes: Any, sharding: NamedSharding) -> Any:
+    """A tree of shapes and dtypes, as of `abstract_params`, with a sharding: what a checkpoint is restored into."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
 
 
 def in_own_memory(tree: Any) -> Any:
     """The same arrays, on a CPU copied one after the other to memory of XLA's own; those that were given are deleted.
 
-    What is restored from a checkpoint is partly in memory of numpy's, by chance of where that lies. It cannot be
-    donated, so that the first step would take as much again.
+    Of the arrays that orbax returns some share memory with numpy's, depending on where that lies. XLA cannot reuse such
+    memory where an array is donated, so that the first step would take that much a second time.
     """
     leaves, structure = jax.tree.flatten(tree)
     for i, array in enumerate(leaves):
@@ -374,3 +378,24 @@ def compile_eval(config: GPTConfig, mesh: Mesh | None = None, scan_layers: bool 
     rows = P(None, "data", None)
     losses = jax.shard_map(losses, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "data"), check_vma=False)
     return jax.jit(losses, out_shardings=replicated(mesh))
+
+
+def make_evaluate(
+    config: GPTConfig,
+    mesh: Mesh,
+    params: Params,
+    batches: Sequence[tuple[jax.Array, jax.Array]],
+    rows: int,
+    scan_layers: bool = False,
+) -> Callable[[Params], list[float]]:
+    """A function from parameters like these to the mean loss of each of the batches, in nats, each one dispatch.
+
+    batches: pairs (x_ABT, y_ABT) of one shape, whose first `rows` rows count, as `pad_rows` fills up the rest.
+    """
+    eval_losses = compile_ahead(compile_eval(config, mesh, scan_layers), params, *batches[0])
+
+    def mean_loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> float:
+        losses_AB = eval_losses.result()(params, *batch)
+        return float(np.asarray(losses_AB).reshape(-1)[:rows].mean())  # host-device sync
+
+    return lambda params: [mean_loss(params, batch) for batch in batches]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jax_transformer import GPTConfig, Params
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # of GPTConfig
 
 
 class Row(NamedTuple):
@@ -195,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _checked_model(model: dict[str, Any], names: dict[str, str], where: Path) -> dict[str, Any]:
     """The model if its sizes make sense. names: what `where` calls our fields."""
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+    for key in SIZES:
         value, most = model[key], 10_000 if key == "n_layer" else 2**31
         if type(value) is not int or not 1 <= value < most:
             raise WeightsError(f"{where}: {names.get(key, key)} is {short_repr(value)}, not a sensible number")
@@ -285,7 +286,7 @@ def _open_nanogpt(path: Path) -> Weights:
     if not (isinstance(saved, dict) and isinstance(saved.get("model_args"), dict) and isinstance(saved["model"], dict)):
         raise WeightsError(f"{path} is not a checkpoint of nanoGPT: it has no model_args and model")
     args = saved["model_args"]
-    sizes = {key: args.get(key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    sizes = {key: args.get(key) for key in SIZES}
     # Checkpoints older than the option have biases. nanoGPT's GELU is erf, also where it began with GPT-2's weights.
     model = _checked_model({**sizes, "bias": args.get("bias", True), "gelu": "erf"}, {}, path)
     found = {name: tensor for name, tensor in saved["model"].items() if isinstance(tensor, Tensor)}

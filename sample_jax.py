@@ -49,7 +49,9 @@ class SampleConfig:
     max_new_tokens: AtLeast0 = 500  # tokens to add to the prompt
     temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is safer, above 1 wilder, 0 greedy
     top_k: Annotated[int | None, Between(1)] = 200  # draw among the k likeliest tokens only; None is all of them
-    top_p: Annotated[float | None, Between(0.0, 1.0)] = None  # the likeliest that have this probability together
+    top_p: Annotated[float | None, Between(above=0.0, high=1.0)] = (
+        None  # the likeliest that have this probability together
+    )
     min_p: Annotated[float | None, Between(0.0, 1.0)] = None  # those with this share of the likeliest's probability
     stop: str = ""  # end a sample before this text; several: --stop='["A", "B"]'
     stream: bool = False  # print as it is written, one sample after another
@@ -188,7 +190,6 @@ def load(
     config: SampleConfig, step_dir: Path | None, meta: dict[str, Any], found: jax_weights.Weights | None
 ) -> tuple[Any, Any]:
     """The weights on the device, and the model's configuration: of the run's checkpoint, or those that were `found`."""
-    import jax
 
     import jax_checkpoint
     import jax_devices
@@ -204,7 +205,7 @@ def load(
     if found is not None:
         return decoding_weights(jax_weights.read_weights(found, sharding), model), model
     assert step_dir is not None
-    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params(model))
+    wanted = utils.placed(abstract_params(model), sharding)
     return decoding_weights(jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model), model
 
 
@@ -212,8 +213,6 @@ def main() -> None:
     config, sources = configurator.parse_with_sources(SampleConfig)
     if "compile" in sources:
         print("note: compile has no meaning here: JAX always compiles", file=sys.stderr)
-    if config.top_p == 0:
-        raise ConfigError(f"{sources['top_p']}: top_p must be above 0; None is off")
     stops = stop_strings(config.stop)
     prompts = read_prompts(config)
     step_dir, meta, found, about_ids = None, {}, None, None

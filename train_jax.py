@@ -24,7 +24,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,11 +121,10 @@ class Progress:
     bad_steps: int = 0  # updates skipped because loss or gradient was not finite
 
 
-def make_evaluate(config: TrainConfig, model, params, data_dir: Path, mesh) -> Callable[[Any], tuple[float, float]]:
-    """A function from parameters like these to (train loss, val loss), means over eval_iters batches of each split.
+def evaluation_batches(config: TrainConfig, vocab_size: int, data_dir: Path, mesh) -> list[tuple[Any, Any]]:
+    """The batches of an evaluation on the devices, of training and of validation data; the same at every evaluation.
 
-    The rows are the same at every evaluation; all of a split are one dispatch. They are read here, so that bad data is
-    told before anything is computed. Raises DataError.
+    They are read before anything is computed, so that bad data is told at once. Raises DataError.
     """
     import jax_train_utils as utils
 
@@ -133,25 +132,14 @@ def make_evaluate(config: TrainConfig, model, params, data_dir: Path, mesh) -> C
     padded_R, micro_batches = utils.pad_rows(np.arange(rows), config.batch_size, mesh.size)
     own_rows = padded_R[utils.own_rows(len(padded_R), micro_batches, mesh)]
 
-    def batch_of(split: str) -> list[Any]:
-        pair = jax_data.get_batch(
+    def batch_of(split: str) -> tuple[Any, Any]:
+        x_RT, y_RT = jax_data.get_batch(
             data_dir, split, 0, seed=EVAL_SEED, batch_size=rows, block_size=config.block_size,
-            sampling="spread", vocab_size=model.vocab_size, rows=own_rows,
+            sampling="spread", vocab_size=vocab_size, rows=own_rows,
         )  # fmt: skip
-        return [utils.shard_rows(rows_RT, micro_batches, mesh) for rows_RT in pair]
+        return utils.shard_rows(x_RT, micro_batches, mesh), utils.shard_rows(y_RT, micro_batches, mesh)
 
-    batches = [batch_of("train_eval"), batch_of("val")]
-    eval_losses = utils.compile_ahead(utils.compile_eval(model, mesh, config.scan_layers), params, *batches[0])
-
-    def mean_loss(params: Any, batch: list[Any]) -> float:
-        losses_AB = eval_losses.result()(params, *batch)
-        return float(np.asarray(losses_AB).reshape(-1)[:rows].mean())  # host-device sync
-
-    def evaluate(params: Any) -> tuple[float, float]:
-        train_loss, val_loss = (mean_loss(params, batch) for batch in batches)
-        return train_loss, val_loss
-
-    return evaluate
+    return [batch_of("train_eval"), batch_of("val")]
 
 
 def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
@@ -267,7 +255,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             losses = [progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)]
             progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
 
-    evaluate = make_evaluate(config, model, state.params, data_dir, mesh)
+    eval_batches = evaluation_batches(config, vocab_size, data_dir, mesh)
 
     def lr_at(iteration: int) -> float:
         if not config.decay_lr:
@@ -317,11 +305,13 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         )
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
+    evaluate = utils.make_evaluate(
+        model, mesh, state.params, eval_batches, config.eval_iters * config.batch_size, config.scan_layers
+    )
     if config.eval_only:
         train_loss, val_loss = compute(evaluate, state.params).result()
         log.evaluation(progress.step, train_loss, val_loss, lr_at(progress.step))
         return 0
-    stop.listen()
     stop.share(mesh)
     saved_at = None if meta is None else progress.step
     last_save_failed = False

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
-from jax_codec import DataError, make_codec
+from jax_codec import BYTES_VOCAB_SIZE, GPT2_VOCAB_SIZE, DataError, make_codec
 from jax_data import write_dataset
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-PIECE = 2**20  # characters encoded at a time, so that a big text never becomes one big Python list
+PIECE = 2**20  # characters encoded at a time, so that a big text does not become one big Python list
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -133,14 +134,15 @@ def write_text(out_dir: Path, tokenizer: str, train_text: str, val_text: str) ->
             )
         if not itos:
             raise DataError("the text is empty")
-    vocab_size = len(itos) if itos else {"gpt2": 50257, "bytes": 256}[tokenizer]
+    vocab_size = len(itos) if itos else {"gpt2": GPT2_VOCAB_SIZE, "bytes": BYTES_VOCAB_SIZE}[tokenizer]
     codec = make_codec({"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "itos": itos})
 
     def encode(text: str) -> np.ndarray:
-        # BPE must see the text as a whole: a cut could split a token
-        step = max(len(text), 1) if tokenizer == "gpt2" else PIECE
-        pieces = [np.array(codec.encode(text[i : i + step]), np.uint16) for i in range(0, len(text), step)]
-        return np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
+        if tokenizer == "gpt2":  # BPE must see a document as a whole: another cut could split a token
+            pieces = re.split(r"(?=<\|endoftext\|>)", text)
+        else:
+            pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+        return np.concatenate([np.empty(0, np.uint16), *(np.array(codec.encode(p), np.uint16) for p in pieces)])
 
     meta = write_dataset(out_dir, tokenizer, vocab_size, encode(train_text), encode(val_text), itos=itos)
     print(f"characters: {len(train_text) + len(val_text):,}")

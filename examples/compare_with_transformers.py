@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 import jax_weights
-from configurator import Between, ConfigError
+from configurator import AtLeast1, Between, ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class CompareConfig:
     """Every option of the comparison."""
 
     model: str = "gpt2"  # gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a directory of weights | random
-    batches: Annotated[int, Between(1)] = 10  # how many to compare
-    batch_size: Annotated[int, Between(1)] = 2  # rows of a batch
-    tokens: Annotated[int, Between(1)] = 64  # of a row; fewer where the model's context is shorter
+    batches: AtLeast1 = 10  # how many to compare
+    batch_size: AtLeast1 = 2  # rows of a batch
+    tokens: AtLeast1 = 64  # of a row; fewer where the model's context is shorter
     tolerance: Annotated[float, Between(0.0)] = 1e-4  # the largest difference of two logits that is let pass
     seed: Annotated[int, Between(0, below=2**32)] = 1337  # of the ids, and of random weights
 

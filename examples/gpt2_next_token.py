@@ -10,14 +10,13 @@ Weights and tokenizer are downloaded once. It runs from any directory.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 import jax_codec
 import jax_weights
-from configurator import Between, ConfigError
+from configurator import AtLeast1, ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class ExampleConfig:
 
     model: str = "gpt2"  # gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a path to weights
     text: str = "Hello world"  # what to go on from
-    top: Annotated[int, Between(1)] = 5  # how many tokens to show
+    top: AtLeast1 = 5  # how many tokens to show
 
 
 def main() -> None:

@@ -346,7 +346,8 @@ def test_one_line_errors_takes_expected_errors_and_leaves_bugs(capsys):
         (Between(1), [1, 10**30, math.inf], [0, -1, math.nan]),
         (Between(0, high=2), [0, 2], [-1, 3, math.nan, math.inf]),
         (Between(0.0, below=1.0), [0.0, 0.999], [1.0, -1e-9, math.nan]),
-        (Between(-math.inf), [-1e9, 0, math.inf], [math.nan]),
+        (Between(above=0.0, high=1.0), [1e-9, 1.0], [0.0, 1.001, math.nan]),
+        (Between(), [-1e9, 0, math.inf], [math.nan]),
     ],
 )
 def test_a_range_includes_its_ends_but_not_below(between, inside, outside):

@@ -37,7 +37,15 @@ DOCUMENTS = sorted(
 )
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "data/*.py", "data/*/*.py", "config/*.py", "examples/*.py", "microgpt/*/main.py")
+    for pattern in (
+        "*.py",
+        "data/*.py",
+        "data/*/*.py",
+        "config/*.py",
+        "examples/*.py",
+        "microgpt/*/main.py",
+        "benchmarks/*.py",
+    )
     for path in ROOT.glob(pattern)
 )
 CONFIGS: dict[str, Any] = {
@@ -170,8 +178,8 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_exist(name):
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`|&& )make ([a-z]+)\b", read(name), re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`|&& )make ([a-z-]+)", read(name), re.MULTILINE)) <= targets
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_gpt2s_codec_brings_its_tokenizer_and_padding_can_be_trimmed(run, workdi
     bpe = tiktoken.get_encoding("gpt2")
     vocab = json.loads((workdir / "all" / "vocab.json").read_text())
     assert sorted(vocab.values()) == list(range(50257)) and vocab["<|endoftext|>"] == 50256
-    assert vocab["Hello"], vocab["Ġworld"] == bpe.encode("Hello world")
+    assert [vocab["Hello"], vocab["Ġworld"]] == bpe.encode("Hello world")
     version, *merges = (workdir / "all" / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert version.startswith("#version") and len(merges) == 50_000
     # the n-th merge makes the n-th token after the 256 bytes

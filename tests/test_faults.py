@@ -292,7 +292,7 @@ def test_signal_during_an_evaluation_saves_when_that_is_through(start, finished)
     assert "step 22: train loss" in out and "iter 22:" not in out
     assert "stopped by SIGTERM at step 22 and saved" in out
     assert steps(finished) == [20, 22]
-    assert errors == "SIGTERM: stopping after this step; Ctrl-C (again) stops at once\n"
+    assert errors == "SIGTERM: stopping after this step; Ctrl-C twice stops at once\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

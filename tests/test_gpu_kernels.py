@@ -93,6 +93,13 @@ def test_gelu_and_its_slope_are_right_to_a_few_hundred_thousandths():
     np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=3e-5)
 
 
+@pytest.mark.parametrize(("rows", "by_kernel"), [(2**19, True), (2**20, False)])
+def test_gelu_of_more_elements_than_a_kernel_counts_is_xlas(monkeypatch, rows, by_kernel):
+    monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: jax_gpu_kernels)
+    traced = jax.make_jaxpr(lambda x: jax_forms.gelu(x, "erf"))(jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16))
+    assert ("pallas_call" in str(traced)) == by_kernel
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "of_mean"), [(2, True), (65, False), (1000, True), (8192, False), (50_257, True)]
 )

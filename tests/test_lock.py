@@ -101,10 +101,26 @@ def test_lock_of_another_host_is_refused_with_the_way_to_remove_it(tmp_path):
     jax_lock.acquire(tmp_path).release()
 
 
-def test_without_flock_the_text_decides(tmp_path, monkeypatch, sleeper, lost_pid):
-    def no_flock(descriptor: int, flags: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+def no_flock(descriptor: int, flags: int) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
 
+
+@pytest.mark.skipif(not jax_lock.BOOT_ID.exists(), reason="only Linux tells which kernel a process ran on")
+def test_lock_of_a_container_on_this_machine_is_taken_over_once_the_kernel_has_freed_it(tmp_path, monkeypatch):
+    leave_lock(tmp_path, host="container-7f3a", pid=1, started=jax_lock.process_started(os.getpid()))
+    jax_lock.check(tmp_path)
+    held = jax_lock.acquire(tmp_path)
+    leave_lock(tmp_path, host="container-7f3a", pid=1, started=jax_lock.process_started(os.getpid()))
+    with pytest.raises(LockError, match="process 1 on host container-7f3a"):
+        jax_lock.acquire(tmp_path)
+    held.release()
+    leave_lock(tmp_path, host="container-7f3a", pid=1, started=jax_lock.process_started(os.getpid()))
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(LockError, match="If it does not run any more: rm"):
+        jax_lock.acquire(tmp_path)
+
+
+def test_without_flock_the_text_decides(tmp_path, monkeypatch, sleeper, lost_pid):
     monkeypatch.setattr(fcntl, "flock", no_flock)
     leave_lock(tmp_path, pid=sleeper.pid, started=jax_lock.process_started(sleeper.pid))
     with pytest.raises(LockError, match=f"process {sleeper.pid}"):

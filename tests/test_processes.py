@@ -88,7 +88,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one_and_a_signal_to_either
     stopped = re.search(r"^stopped by SIGTERM at step (\d+) and saved; ", printed[0], re.M)
     assert stopped and 6 <= int(stopped[1]) < 300
     assert printed[1] == ""
-    assert errors == ["", "SIGTERM: stopping after this step; Ctrl-C (again) stops at once\n"]
+    assert errors == ["", "SIGTERM: stopping after this step; Ctrl-C twice stops at once\n"]
     assert jax_run_dir.sealed_steps(workdir / "out") == [int(stopped[1])]
     assert sorted(p.name for p in (workdir / "out").iterdir()) == [
         "best",

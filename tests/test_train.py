@@ -167,7 +167,7 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     # Told while the computation goes on, which it waits for.
-    assert process.stderr.readline() == "SIGINT: stopping after this step; Ctrl-C (again) stops at once\n"
+    assert process.stderr.readline() == "SIGINT: stopping after this step; Ctrl-C again stops at once\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
@@ -175,6 +175,23 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
     assert process.returncode == 130
     assert errors == "stopped at once; nothing was saved since the last checkpoint\n"
     assert fingerprints(finished / "checkpoints") == before
+
+
+@pytest.mark.parametrize("first", [("TERM", "INT"), ("INT", "TERM")])
+def test_of_sigterm_and_ctrl_c_in_any_order_only_a_second_ctrl_c_stops_at_once(environment, first):
+    waits = "import time, jax_processes; jax_processes.StopRequest().listen(); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", waits], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    how = {("TERM", "INT"): ["twice", "again"], ("INT", "TERM"): ["again", "again"]}
+    for name, word in zip(first, how[first], strict=True):
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        assert process.stderr.readline() == f"SIG{name}: stopping after this step; Ctrl-C {word} stops at once\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
 
 
 def test_ctrl_c_ends_an_evaluation_at_once_and_says_nothing(workdir, environment, finished):

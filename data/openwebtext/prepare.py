@@ -28,7 +28,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
-from prepare_tools import DataError, OneLineParser, make_codec, read_text, run, val_fraction, write_dataset
+from prepare_tools import (
+    GPT2_VOCAB_SIZE,
+    DataError,
+    OneLineParser,
+    make_codec,
+    read_text,
+    run,
+    val_fraction,
+    write_dataset,
+)
 
 HERE = Path(__file__).resolve().parent
 PARTS = HERE / "parts"
@@ -214,7 +223,7 @@ def main() -> None:
     def ids(split: str) -> Iterator[np.ndarray]:
         return (np.fromfile(part.with_suffix(f".{split}"), "<u2") for part in parts)
 
-    meta = write_dataset(HERE, "gpt2", 50257, ids("train"), ids("val"))
+    meta = write_dataset(HERE, "gpt2", GPT2_VOCAB_SIZE, ids("train"), ids("val"))
     shutil.rmtree(PARTS)
     print(f"train has {meta['train_tokens']:,} tokens")
     print(f"val has {meta['val_tokens']:,} tokens")
