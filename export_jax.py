@@ -139,7 +139,7 @@ def main() -> None:
 
     mesh = utils.make_mesh(jax_devices.find_devices("cpu")[:1])  # nothing is computed
     model = GPTConfig(**meta["model"])
-    wanted = utils.placed(abstract_params(model), utils.replicated(mesh))
+    wanted = utils.placed(abstract_params(model, meta["tied_head"]), utils.replicated(mesh))
     params = jax_checkpoint.restore(step_dir, {"params": wanted})["params"]
     if config.trim_vocab:
         params, model = trim_vocab(params, model, codec["vocab_size"])
@@ -165,8 +165,10 @@ def main() -> None:
 
 def trim_vocab(params: Any, model: Any, vocab_size: int) -> tuple[Any, Any]:
     """The model without the embedding rows from vocab_size on, which pad it and belong to no token."""
-    wte = {"embedding": params["wte"]["embedding"][:vocab_size]}
-    return {**params, "wte": wte}, replace(model, vocab_size=vocab_size)
+    trimmed = {
+        name: {"embedding": params[name]["embedding"][:vocab_size]} for name in {"wte", "lm_head"} & params.keys()
+    }
+    return params | trimmed, replace(model, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

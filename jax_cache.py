@@ -44,7 +44,7 @@ def decoding_weights(params: Params, config: GPTConfig) -> Params:
     On a CPU in the panels of `jax_cpu_kernels`, where that is loaded. The embeddings are there twice for it.
     """
     weights = jax.tree.map(lambda a: a.astype(config.dtype) if a.ndim > 1 else a, params)
-    weights["head"] = {"kernel": weights["wte"]["embedding"].T}
+    weights["head"] = {"kernel": weights.pop("lm_head", weights["wte"])["embedding"].T}
     layers = [weights["head"]]
     for block in weights["h"].values():
         block["mlp"]["c_proj"]["kernel"] = block["mlp"]["c_proj"]["kernel"].T

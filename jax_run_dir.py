@@ -16,7 +16,7 @@ from typing import Any
 
 from jax_manifest import MANIFEST, find_fault
 
-SCHEMA = 3  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
+SCHEMA = 4  # of the folder layout and of `meta`; a change of either raises it, and `migrate` gets a line
 META_FILE = Path("meta", "metadata")  # where orbax's JSON handler puts `meta` in the folder of a step
 
 # What `meta` holds, so that nonsense is told here and not somewhere in the trainer. None: may be null.
@@ -24,6 +24,7 @@ META_TYPES: dict[str, tuple[type | None, ...]] = {
     "step": (int,),
     "config": (dict,),  # every option of the run; the trainer checks each
     "model": (dict,),
+    "tied_head": (bool,),
     "codec": (dict,),  # as in a data set's meta.json; jax_codec.check_meta knows it
     "best_val_loss": (float, int, None),
     "evaluated_at": (int, None),
@@ -170,6 +171,8 @@ def migrate(meta: dict[str, Any]) -> dict[str, Any]:
         meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
     if meta["schema"] == 2:  # before small arrays were joined, which `restore` sees for itself
         meta = meta | {"schema": 3}
+    if meta["schema"] == 3:  # before there were heads of their own
+        meta = meta | {"schema": 4, "tied_head": True}
     return meta
 
 

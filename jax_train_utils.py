@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_host_memory
-from jax_transformer import GPTConfig, Params, cross_entropy, forward, init_params
+from jax_transformer import GPTConfig, Params, abstract_params, cross_entropy, forward, init_params
 
 # Dynamic loss scaling as in torch's GradScaler, of which nanoGPT's float16 makes use.
 INITIAL_LOSS_SCALE = 2.0**16
@@ -149,9 +149,15 @@ def state_of(params: Params, config: GPTConfig, optimizer: optax.GradientTransfo
     return TrainState(params, jax.jit(fresh, out_shardings=replicated(mesh))(params))
 
 
-def abstract_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, tied_head: bool = True
+) -> TrainState:
     """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
-    return placed(jax.eval_shape(functools.partial(init_state, config, optimizer, 0)), replicated(mesh))
+
+    def state(params: Params) -> TrainState:
+        return TrainState(params, (optimizer.init(params), initial_loss_scale(config.dtype)))
+
+    return placed(jax.eval_shape(state, abstract_params(config, tied_head)), replicated(mesh))
 
 
 def placed(shapes: Any, sharding: NamedSharding) -> Any:

@@ -171,11 +171,14 @@ class GPT(nnx.Module):
     residual c_proj      normal, std 0.02 / sqrt(2 * n_layer): each layer adds two to the stream (GPT-2, section 2.3)
     biases               0
     LayerNorm            scale 1, bias 0, epsilon 1e-5
+
+    Weights from elsewhere may have a head of their own (`tied` False), which is never made here.
     """
 
-    def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs, tied: bool = True):
         D, L = config.n_embd, config.n_layer
-        normal = _normals_of_one_draw(rngs.params(), D * (config.vocab_size + config.block_size + 12 * L * D))
+        embeddings = config.vocab_size * (1 if tied else 2) + config.block_size
+        normal = _normals_of_one_draw(rngs.params(), D * (embeddings + 12 * L * D))
         init, residual_init = normal(0.02), normal(0.02 / math.sqrt(2 * L))
         dtype = jnp.dtype(config.dtype)
         linear = functools.partial(nnx.Linear, use_bias=config.bias, dtype=dtype, kernel_init=init)
@@ -187,6 +190,8 @@ class GPT(nnx.Module):
         # String keys, since integer ones do not survive a checkpoint.
         self.h = nnx.Dict({str(i): Block(config, linear, residual_init, rngs) for i in range(L)})
         self.ln_f = LayerNorm(config)
+        if not tied:
+            self.lm_head = embed(config.vocab_size, rngs=rngs)
 
     def embed(self, input_ids_BT: jax.Array, seed_2: jax.Array | None) -> jax.Array:
         """Tokens and positions, (B, T, D)."""
@@ -213,7 +218,8 @@ class GPT(nnx.Module):
                 x_RD = self.h[str(i)](x_RD, B, None if seeds_L32 is None else seeds_L32[i])
         with jax.named_scope("head"):
             _, normal_RD = self.ln_f(x_RD)
-            logits_RV = self.wte.attend(normal_RD)  # the tied head: by far the largest tensor of a step
+            head = getattr(self, "lm_head", self.wte)
+            logits_RV = head.attend(normal_RD)  # by far the largest tensor of a step
         return logits_RV.reshape(B, T, -1)
 
     def scanned(self, x_RD: jax.Array, B: int, seeds_L32: jax.Array | None) -> jax.Array:
@@ -234,9 +240,9 @@ class GPT(nnx.Module):
 
 
 @functools.cache
-def _graphdef(config: GPTConfig) -> nnx.GraphDef:
+def _graphdef(config: GPTConfig, tied: bool) -> nnx.GraphDef:
     """The module's structure without any array in it."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))), nnx.Param)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0), tied)), nnx.Param)
     return graphdef
 
 
@@ -247,8 +253,8 @@ def init_params(config: GPTConfig, key: jax.Array) -> Params:
 
 
 @functools.cache
-def _expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    return _shapes(abstract_params(config))
+def _expected_shapes(config: GPTConfig, tied: bool) -> dict[str, tuple[int, ...]]:
+    return _shapes(abstract_params(config, tied))
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -256,9 +262,14 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(leaf) for path, leaf in leaves}
 
 
-def abstract_params(config: GPTConfig) -> Params:
-    """The shapes and dtypes that `init_params` would give, without computing anything."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+def has_tied_head(params: Params) -> bool:
+    """Whether the embeddings are the head, too, as in all that `init_params` makes."""
+    return "lm_head" not in params
+
+
+def abstract_params(config: GPTConfig, tied: bool = True) -> Params:
+    """The shapes and dtypes that `init_params` would give, without computing anything; without `tied` also a head's."""
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(0), tied), nnx.Param)[1]))
 
 
 def forward(
@@ -281,12 +292,13 @@ def forward(
     assert jnp.issubdtype(input_ids_BT.dtype, jnp.integer), f"input_ids_BT must be integers, not {input_ids_BT.dtype}"
     T = input_ids_BT.shape[1]
     assert 1 <= T <= config.block_size, f"{T} tokens do not fit in block_size={config.block_size}"
-    if (given := _shapes(params)) != (expected := _expected_shapes(config)):
+    tied = has_tied_head(params)
+    if (given := _shapes(params)) != (expected := _expected_shapes(config, tied)):
         differ = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))
         name = differ[0]
         raise AssertionError(f"params do not fit config: {name} is {given.get(name)}, expected {expected.get(name)}")
     dropout_key = None if config.dropout == 0 else dropout_key
-    return nnx.merge(_graphdef(config), params)(input_ids_BT, dropout_key, scan_layers)
+    return nnx.merge(_graphdef(config, tied), params)(input_ids_BT, dropout_key, scan_layers)
 
 
 def num_params(params: Params) -> int:

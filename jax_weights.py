@@ -63,8 +63,9 @@ LAYOUT = (
     Row("h.*.mlp.c_proj.bias", "h.*.mlp.c_proj.bias", "D"),
     Row("ln_f.scale", "ln_f.weight", "D"),
     Row("ln_f.bias", "ln_f.bias", "D"),
+    Row("lm_head.embedding", "lm_head.weight", "V D"),
 )
-HEAD = "lm_head.weight"  # (V, D) in every file that has it; here it is wte itself
+HEAD = "lm_head.weight"  # files of a tied head have it or not; here it is wte itself
 PREFIX = re.compile(r"(_orig_mod\.)?(transformer\.)?")  # torch.compile's, and that of the model with a head
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older files have beside the weights
 GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}  # transformers' names
@@ -80,12 +81,12 @@ class Entry(NamedTuple):
     linear: bool
 
 
-def entries(model: dict[str, Any], bias: bool) -> Iterator[Entry]:
-    """Every parameter of a model (a dict of GPTConfig's fields), with its biases or without."""
+def entries(model: dict[str, Any], bias: bool, tied_head: bool = True) -> Iterator[Entry]:
+    """Every parameter of a model (a dict of GPTConfig's fields), with or without biases and a head of its own."""
     D = model["n_embd"]
     sizes = {"V": model["vocab_size"], "T": model["block_size"], "D": D, "3D": 3 * D, "F": 4 * D}
     for ours, theirs, letters, conv1d, linear in LAYOUT:
-        if ours.endswith(".bias") and not bias:
+        if (ours.endswith(".bias") and not bias) or (theirs == HEAD and tied_head):
             continue
         shape = tuple(sizes[letter] for letter in letters.split())
         for layer in map(str, range(model["n_layer"] if "*" in ours else 1)):
@@ -148,9 +149,9 @@ def open_weights(name_or_path: str | Path) -> Weights:
     folder = path if path.is_dir() else path.parent
     options, model = _read_hf_config(folder)
     found = _open_hf_tensors(path)
-    untied = options.get("tie_word_embeddings", True) is False
     bias = options.get("bias", True)
-    return _match(str(name_or_path), folder / "config.json", found, model, "conv1d", bias is False, untied)
+    tied = options.get("tie_word_embeddings", True) is not False
+    return _match(str(name_or_path), folder / "config.json", found, model, "conv1d", bias is False, tied)
 
 
 def _from_hub(name: str) -> Path:
@@ -290,16 +291,17 @@ def _open_nanogpt(path: Path) -> Weights:
     # Checkpoints older than the option have biases. nanoGPT's GELU is erf, also where it began with GPT-2's weights.
     model = _checked_model({**sizes, "bias": args.get("bias", True), "gelu": "erf"}, {}, path)
     found = {name: tensor for name, tensor in saved["model"].items() if isinstance(tensor, Tensor)}
-    return _match(str(path), path, found, model, "linear", zero_biases=False, untied=False)
+    return _match(str(path), path, found, model, "linear", zero_biases=False, tied_head=True)
 
 
 def _match(
-    source: str, where: Path, found: Tensors, model: dict[str, Any], kind: str, zero_biases: bool, untied: bool
+    source: str, where: Path, found: Tensors, model: dict[str, Any], kind: str, zero_biases: bool, tied_head: bool
 ) -> Weights:
     """Our parameters with the tensors they come from. Raises WeightsError naming everything that is wrong with a file.
 
     kind: the column of LAYOUT that says what is transposed. zero_biases: a model without biases, written for
-    transformers, which has always some.
+    transformers, which has always some. tied_head: what the file's configuration says; a head that differs from the
+    embeddings is one of its own in any case.
     """
     named: Tensors = {}
     problems: dict[str, list[str]] = {}
@@ -312,9 +314,13 @@ def _match(
         if name in named:
             problem("twice", name)
         named[name] = tensor
+    wte, head = named.get("wte.weight"), named.get(HEAD)
+    if tied_head and wte is not None and head is not None and not np.array_equal(head.read(), wte.read()):
+        tied_head = False
+    if tied_head:
+        named.pop(HEAD, None)
     tensors = {}
-    wanted = list(entries(model, model["bias"] or zero_biases))
-    for entry in wanted:
+    for entry in entries(model, model["bias"] or zero_biases, tied_head):
         transposed: bool = getattr(entry, kind)
         in_file = entry.shape[::-1] if transposed else entry.shape
         given = named.pop(entry.theirs, None)
@@ -331,13 +337,6 @@ def _match(
                 problem('not zero although config.json says "bias": false (take that out to keep it)', entry.theirs)
         else:
             tensors[entry.ours] = entry.theirs, given, transposed
-    head = named.pop(HEAD, None)
-    if head is None and untied:
-        problem("missing", HEAD)
-    elif head is not None and "wte.embedding" in tensors:
-        wte = tensors["wte.embedding"][1]
-        if head.shape != wte.shape or not np.array_equal(head.read(), wte.read()):
-            problem("a head of its own, which this model cannot have", f"{HEAD} differs from wte.weight")
     unexpected = sorted(name for name in named if not MASKS.fullmatch(name))
     for name in unexpected:
         problem("unexpected", name)
@@ -402,14 +401,16 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
 
     model = asdict(config)
     tensors = {}
-    for entry in entries(model, bias=True):
+    tied_head = "lm_head" not in params
+    for entry in entries(model, bias=True, tied_head=tied_head):
         if entry.ours.endswith(".bias") and not config.bias:
             array = np.zeros(entry.shape, np.float32)
         else:
             leaf: Any = functools.reduce(lambda node, key: node[key], entry.ours.split("."), params)
             assert leaf.shape == entry.shape, f"params do not fit config: {entry.ours} is {leaf.shape}, {entry.shape=}"
             array = np.asarray(leaf, np.float32)  # host-device sync
-        tensors[f"transformer.{entry.theirs}"] = np.ascontiguousarray(array.T if entry.conv1d else array)
+        name = entry.theirs if entry.theirs == HEAD else f"transformer.{entry.theirs}"
+        tensors[name] = np.ascontiguousarray(array.T if entry.conv1d else array)
     options = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -418,7 +419,7 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
         "activation_function": {"erf": "gelu", "tanh": "gelu_new"}[config.gelu],
         "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied_head,
         "bos_token_id": eos_token_id,  # GPT-2 has one token for both ends
         "eos_token_id": eos_token_id,
         "bias": config.bias,  # not transformers': whether the biases are parameters or just zeros

@@ -49,9 +49,7 @@ class SampleConfig:
     max_new_tokens: AtLeast0 = 500  # tokens to add to the prompt
     temperature: Annotated[float, Between(0.0, below=math.inf)] = 0.8  # below 1 is safer, above 1 wilder, 0 greedy
     top_k: Annotated[int | None, Between(1)] = 200  # draw among the k likeliest tokens only; None is all of them
-    top_p: Annotated[float | None, Between(above=0.0, high=1.0)] = (
-        None  # the likeliest that have this probability together
-    )
+    top_p: Annotated[float | None, Between(above=0, high=1)] = None  # the likeliest that have this probability together
     min_p: Annotated[float | None, Between(0.0, 1.0)] = None  # those with this share of the likeliest's probability
     stop: str = ""  # end a sample before this text; several: --stop='["A", "B"]'
     stream: bool = False  # print as it is written, one sample after another
@@ -205,7 +203,7 @@ def load(
     if found is not None:
         return decoding_weights(jax_weights.read_weights(found, sharding), model), model
     assert step_dir is not None
-    wanted = utils.placed(abstract_params(model), sharding)
+    wanted = utils.placed(abstract_params(model, meta["tied_head"]), sharding)
     return decoding_weights(jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model), model
 
 

@@ -196,7 +196,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils
-    from jax_transformer import GPTConfig, flops_per_token, num_params
+    from jax_transformer import GPTConfig, flops_per_token, has_tied_head, num_params
 
     compute = jax_devices.in_own_thread()
     try:
@@ -241,7 +241,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         state = utils.fresh_state(model, optimizer, config.seed, mesh)
     else:
         print(f"Resuming training from {step_dir}")
-        wanted = utils.abstract_state(model, optimizer, mesh)
+        wanted = utils.abstract_state(model, optimizer, mesh, meta["tied_head"])
         items = ["params"] if config.eval_only else ["params", "opt_state"]
         restored = utils.in_own_memory(
             jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
@@ -336,7 +336,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             saver.wait()  # for the one before
         log.say(f"saving checkpoint to {out_dir}")
         log.retry()  # a checkpoint of step k promises that the log up to k is on disk
-        about = {"config": options, "model": dataclasses.asdict(model), "codec": codec, "devices": where}
+        about: dict[str, Any] = {"config": options, "model": dataclasses.asdict(model), "codec": codec}
+        about |= {"tied_head": has_tied_head(state.params), "devices": where}
         saved_at, last_save_failed = progress.step, False
         with telling_of_a_failed_save():
             about |= dataclasses.asdict(progress)
@@ -348,7 +349,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     rows_ABT = utils.abstract_rows(layout, config.block_size, mesh)
     train_step = utils.compile_ahead(  # on a CPU while the model is evaluated for the first time
         utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers),
-        utils.abstract_state(model, optimizer, mesh), rows_ABT, rows_ABT, np.float32(0), np.int32(0),
+        state, rows_ABT, rows_ABT, np.float32(0), np.int32(0),
     )  # fmt: skip
     own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some
     first_step = progress.step

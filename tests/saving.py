@@ -35,6 +35,7 @@ ABOUT: dict[str, Any] = {  # the least that meta may hold
     "wandb_run_id": "abc",
     "bad_steps": 0,
     "devices": None,
+    "tied_head": True,
 }  # fmt: skip
 
 

@@ -196,6 +196,14 @@ def test_greedy_tokens_are_the_uncached_loops_up_to_the_window_and_past_it(promp
     assert said.err == (expected if len(prompt) > W else "")
 
 
+def test_a_head_of_its_own_is_what_the_tokens_come_from():
+    head = {"embedding": PARAMS["wte"]["embedding"][::-1]}
+    params = PARAMS | {"lm_head": head}
+    tokens = greedy_loop(params, [1, 2, 3], 8)
+    assert generate(params, TINY, [[1, 2, 3]], max_new_tokens=8, temperature=0, key=KEY) == [tokens]
+    assert tokens != greedy_loop(PARAMS, [1, 2, 3], 8)
+
+
 def test_sampled_tokens_are_drawn_from_the_uncached_logits_with_the_rows_own_key():
     drawn = generate(PARAMS, TINY, PROMPTS, max_new_tokens=14, temperature=1.7, key=KEY)
     for row, (prompt, new_ids) in enumerate(zip(PROMPTS, drawn, strict=True)):

@@ -39,9 +39,9 @@ device = 'cpu'
 """
 
 
-def write_weights(folder: Path) -> None:
+def write_weights(folder: Path, tied_head: bool = True) -> None:
     random = np.random.default_rng(0)
-    shapes = abstract_params(MODEL)
+    shapes = abstract_params(MODEL, tied_head)
     params = jax.tree.map(lambda a: (a.ndim == 1) + 0.2 * random.standard_normal(a.shape), shapes)
     save_hf(jax.tree.map(np.float32, params), MODEL, folder)
 
@@ -99,6 +99,24 @@ def test_weights_that_know_other_tokens_are_told(quick, tune):
         assert (
             "note: weights knows char tokens, and those of data/tiny are of another alphabet" in done.stdout
         ) == is_told
+
+
+def test_a_head_of_its_own_is_trained_saved_sampled_from_and_exported(quick, tune):
+    write_weights(tune / "weights", tied_head=False)
+    quick("train_jax.py", "tune.py")
+    assert losses(tune / "out")[0] == pytest.approx(loss_of(tune, "train", 6, 32, "random"), rel=1e-5)
+    last = evaluations(quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=6").stdout)[-1]
+    quick("train_jax.py", "tune.py", "--out_dir=whole", "--max_iters=6")
+    assert losses(tune / "out") == losses(tune / "whole")
+
+    quick("export_jax.py", "--out_dir=out", "--hf_dir=exported")
+    before, after = (load_weights(tune / name)[0]["lm_head"]["embedding"] for name in ("weights", "exported"))
+    assert before.shape == after.shape and np.abs(before - after).max() > 1e-4
+    evaluate = ("tune.py", "--init_from=exported", "--eval_only=True")
+    assert evaluations(quick("train_jax.py", *evaluate).stdout) == [last]
+    few = ("--num_samples=1", "--max_new_tokens=20", "--temperature=0", "--start=a")
+    samples = [quick("sample_jax.py", *few, source).stdout for source in ("--out_dir=out", "--init_from=exported")]
+    assert samples[0].splitlines()[-2:] == samples[1].splitlines()[-2:]
 
 
 def test_a_shorter_block_size_crops_and_dropout_is_the_options(quick, tune):

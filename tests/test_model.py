@@ -341,3 +341,31 @@ def test_defaults_of_the_config_are_the_contract():
     }  # fmt: skip
     for config in GPT2_SIZES.values():
         assert (config.vocab_size, config.block_size, config.bias, config.gelu) == (50257, 1024, True, "tanh")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a head of its own
+
+
+def test_a_head_of_its_own_that_equals_the_embeddings_is_the_tied_one_and_its_gradient_one_of_two_parts():
+    params, ids_BT = random_params(TINY), jnp.asarray(random_ids(TINY))
+    untied = params | {"lm_head": params["wte"]}
+
+    @jax.jit
+    def loss_and_gradients(params):
+        return jax.value_and_grad(lambda p: cross_entropy(forward(p, ids_BT[:, :-1], TINY), ids_BT[:, 1:]).mean())(
+            params
+        )
+
+    loss, grads = loss_and_gradients(params)
+    untied_loss, untied_grads = loss_and_gradients(untied)
+    np.testing.assert_allclose(untied_loss, loss, rtol=1e-6)
+    both = untied_grads["wte"]["embedding"] + untied_grads.pop("lm_head")["embedding"]
+    np.testing.assert_allclose(both, grads["wte"]["embedding"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        untied_grads["h"]["0"]["attn"]["c_attn"]["kernel"],
+        grads["h"]["0"]["attn"]["c_attn"]["kernel"],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert num_params(untied) == num_params(params) + params["wte"]["embedding"].size

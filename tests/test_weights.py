@@ -50,9 +50,9 @@ def logits_of(params: Params, ids_BT: np.ndarray, config: GPTConfig) -> jax.Arra
     return compiled(params, jnp.asarray(ids_BT, jnp.int32), config)
 
 
-def random_params(config: GPTConfig, seed: int = 0) -> Params:
+def random_params(config: GPTConfig, seed: int = 0, tied: bool = True) -> Params:
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: random.standard_normal(a.shape).astype(np.float32), abstract_params(config))
+    return jax.tree.map(lambda a: random.standard_normal(a.shape).astype(np.float32), abstract_params(config, tied))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,9 +61,10 @@ def random_params(config: GPTConfig, seed: int = 0) -> Params:
 
 def test_layout_table_is_the_models_own_tree():
     for config in (GPTConfig(2, 2, 8, 12, 23, bias=True), GPTConfig(11, 3, 6, 5, 7), GPTConfig(1, 1, 4, 3, 2)):
-        table = {e.ours: e.shape for e in jax_weights.entries(vars(config), config.bias)}
-        found = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
-        assert table == {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in found}
+        for tied in (True, False):
+            table = {e.ours: e.shape for e in jax_weights.entries(vars(config), config.bias, tied)}
+            found = jax.tree_util.tree_flatten_with_path(abstract_params(config, tied))[0]
+            assert table == {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in found}
 
 
 @pytest.mark.parametrize("folder", ["single", "sharded", "hub", "bin", "legacy"])
@@ -82,6 +83,20 @@ def test_bfloat16_weights_become_the_same_float32():
     params, config = load_weights(FIXTURES / "bf16")
     with np.load(FIXTURES / "logits.npz") as truth:
         np.testing.assert_allclose(logits_of(params, truth["ids"], config), truth["bf16"], atol=1e-5)
+
+
+def test_a_head_of_its_own_gives_the_logits_and_the_loss_of_transformers(tmp_path):
+    params, config = load_weights(FIXTURES / "untied")
+    assert config == GPTConfig(2, 2, 8, 12, 23, bias=True, gelu="tanh")
+    with np.load(FIXTURES / "logits.npz") as truth:
+        logits_BTV = logits_of(params, truth["ids"], config)
+        np.testing.assert_allclose(logits_BTV, truth["untied"], atol=1e-5)
+        loss = cross_entropy(logits_BTV, jnp.asarray(truth["targets"], jnp.int32)).mean()
+        np.testing.assert_allclose(loss, truth["untied_loss"], rtol=1e-6)
+    # A configuration may say that they are one: the numbers count.
+    shutil.copytree(FIXTURES / "untied", tmp_path / "said")
+    edit_json(tmp_path / "said" / "config.json", tie_word_embeddings=True)
+    assert_same(load_weights(tmp_path / "said")[0], params)
 
 
 @pytest.mark.parametrize("path", ["nanogpt", "nanogpt/ckpt.pt"])
@@ -108,7 +123,6 @@ def test_files_of_our_own_writing_load_the_same(tmp_path):
     head = {"lm_head.weight": bare["wte.weight"]}
     prefixed = {f"transformer.{name}": array for name, array in (bare | masks).items()}
     write_safetensors(folder("prefixed") / "model.safetensors", prefixed | head)
-    edit_json(tmp_path / "prefixed" / "config.json", tie_word_embeddings=False)  # untied, but equal
     np.savez_compressed(folder("npz") / "model.npz", **bare)  # type: ignore[arg-type]
     write_torch(folder("torch") / "pytorch_model.bin", OrderedDict(bare | masks | head))
     write_torch(folder("shards") / "a.bin", {name: bare[name] for name in list(bare)[:9]})
@@ -206,10 +220,11 @@ print((kilobytes("VmHWM") - before) * 1024 / sum(a.nbytes for a in jax.tree.leav
         vocab_size=st.integers(1, 9), bias=st.booleans(), gelu=st.sampled_from(["erf", "tanh"]),
     ),
     st.integers(0, 2**32),
+    st.booleans(),
 )  # fmt: skip
-def test_what_is_saved_loads_bit_for_bit(tmp_path_factory, config, seed):
+def test_what_is_saved_loads_bit_for_bit(tmp_path_factory, config, seed, tied):
     folder = tmp_path_factory.mktemp("saved")
-    params = random_params(config, seed)
+    params = random_params(config, seed, tied)
     save_hf(params, config, folder)
     loaded, found = load_weights(folder)
     assert found == config
