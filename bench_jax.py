@@ -75,7 +75,7 @@ def main() -> None:
         raise ConfigError("new_tokens=1: the first token is the prompt's time, so 2 at least, or 0 to leave it out")
     if config.json and not Path(config.json).parent.is_dir():
         raise ConfigError(f"json={config.json}: there is no folder {Path(config.json).parent}; make it first")
-    data_dir, vocab_size = find_data(config)
+    data_dir, vocab_size = find_data(config, sources)
 
     import jax
     import jax.numpy as jnp
@@ -212,13 +212,18 @@ def main() -> None:
         Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def find_data(config: BenchConfig) -> tuple[Path | None, int]:
-    """The data set's folder, or None for random tokens, and the model's vocabulary size, as the trainer chooses it."""
+def find_data(config: BenchConfig, sources: dict[str, str]) -> tuple[Path | None, int]:
+    """The data set's folder, or None for random tokens, and the model's vocabulary size, as the trainer chooses it.
+
+    Raises DataError where a data set that was asked for is not there.
+    """
     if not config.real_data:
         return None, jax_codec.model_vocab_size(jax_codec.GPT2_META)
     try:
         data_dir = jax_data.find_data_dir(config.dataset)
     except jax_data.DataError as error:
+        if "dataset" in sources:
+            raise jax_data.DataError(f"{error}; --real_data=False takes random tokens") from None
         print(f"note: random tokens, since {error}")
         return None, jax_codec.model_vocab_size(jax_codec.GPT2_META)
     vocab_size = jax_codec.model_vocab_size(jax_codec.load_meta(data_dir) or jax_codec.GPT2_META)
@@ -320,4 +325,4 @@ def report(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_data.DataError, machine_failed=OSError)
+    configurator.run_script(main, jax_data.DataError)

@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import re
+import signal
 import symtable
 import sys
 import traceback
@@ -136,16 +137,22 @@ def _literal(value: Any) -> str:
 
 
 def run_script(
-    main: Callable[[], int | None], *bad_input: type[Exception], machine_failed: type[Exception] | tuple = ()
+    main: Callable[[], int | None], *bad_input: type[Exception], machine_failed: type[Exception] | tuple = OSError
 ) -> NoReturn:
     """Run a script's main and exit: as it returns, 2 for bad input, 1 where the machine failed, 130 on Ctrl-C."""
+    _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in a background job
+        signal.signal(signal.SIGINT, _leave)
+    exit_code: Any = 1
     try:
         with one_line_errors(*bad_input):
-            sys.exit(main())
+            done = main()
+            sys.stdout.flush()  # what cannot be written is told here, and not as Python ends
+            exit_code = done
+    except SystemExit as stop:
+        exit_code = stop.code
     except machine_failed as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):  # of whoever read what is printed: Python would complain once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (RuntimeError, MemoryError) as error:
         # how XLA says it on a GPU, and on a CPU
         ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
@@ -156,11 +163,33 @@ def run_script(
             f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})",
             file=sys.stderr,
         )
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # a console that is gone
-            sys.stdout.flush()
-        os._exit(130)  # a thread that computes would be waited for otherwise
-    sys.exit(1)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more, complain, and end with another code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(exit_code)
+
+
+def _leave(signum: int, _frame: object) -> None:
+    """Ctrl-C ends a script at once: a thread that computes is not waited for.
+
+    Python's own handler raises, wherever the program is: out of JAX's callbacks nothing comes, and the script went on.
+    """
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a console that is gone; a print that was under way
+        sys.stdout.flush()
+    os._exit(128 + signum)
+
+
+def _open_closed_streams() -> None:
+    """Give a script that was started with >&- or 2>&- a stream to write to, which nobody reads."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(nowhere, number)  # else the next file that is opened gets it, and what libraries print
+            setattr(sys, name, open(nowhere, "w", encoding="utf-8"))  # noqa: SIM115  to the end
 
 
 @contextlib.contextmanager

@@ -140,7 +140,10 @@ def main() -> None:
     mesh = utils.make_mesh(jax_devices.find_devices("cpu")[:1])  # nothing is computed
     model = GPTConfig(**meta["model"])
     wanted = utils.placed(abstract_params(model, meta["tied_head"]), utils.replicated(mesh))
-    params = jax_checkpoint.restore(step_dir, {"params": wanted})["params"]
+    step_dir, meta, restored = jax_checkpoint.restore_beside_a_trainer(
+        Path(config.out_dir), config.checkpoint, step_dir, {"params": wanted}
+    )
+    params = restored["params"]
     if config.trim_vocab:
         params, model = trim_vocab(params, model, codec["vocab_size"])
 
@@ -172,4 +175,4 @@ def trim_vocab(params: Any, model: Any, vocab_size: int) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, machine_failed=(OSError,))
+    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError)

@@ -1,9 +1,11 @@
 """Checkpoints: save in the background, seal with a manifest, restore. The only orbax user.
 
-What lies where, and which checkpoint is the one to take: `jax_run_dir.py`.
+What lies where, and which checkpoint is the one to take: `jax_run_dir.py`. orbax is imported where it is first needed,
+which in a fresh run is after the first step (`Saver.prepare`): by then the compiler has given back its memory.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -16,12 +18,20 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import type_handlers
-from orbax.checkpoint.options import MultiprocessingOptions
 
 from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
-from jax_run_dir import META_FILE, SCHEMA, CheckpointError, SaveError, remove_step, steps_in
+from jax_run_dir import (
+    META_FILE,
+    SCHEMA,
+    CheckpointError,
+    NotFiniteError,
+    RemovedError,
+    SaveError,
+    find_checkpoint,
+    read_meta,
+    remove_step,
+    steps_in,
+)
 
 SMALL = 1 << 22  # bytes; an array with fewer is saved joined to others, see _join_small. GPT-2's large ones have 7 MB
 UNFINISHED = ".orbax-checkpoint-tmp"  # at the end of a folder's name: orbax's, and ours for best/
@@ -37,6 +47,8 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
     Restores straight into the shardings, on whatever devices. Raises CheckpointError if names, shapes or dtypes differ
     (orbax alone would cast silently), or if the step vanishes meanwhile.
     """
+    import orbax.checkpoint as ocp
+
     path = step_dir.resolve()  # orbax refuses a relative path
     args, small = {}, dict[str, Any]()
     try:
@@ -51,12 +63,33 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
                 restore_args = ocp.checkpoint_utils.construct_restore_args(target)
                 args[name] = ocp.args.PyTreeRestore(target, restore_args=restore_args)
             restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
-    except FileNotFoundError as error:  # the trainer of this run keeps only the newest
-        raise CheckpointError(f"{step_dir} was removed while it was being read; run the same command again") from error
+    except FileNotFoundError as error:
+        raise RemovedError(step_dir) from error
     return {
         name: restored[name] if small[name] is None else _part_joined(restored[name], small[name], wanted)
         for name, wanted in items.items()
     }
+
+
+def restore_beside_a_trainer(
+    out_dir: Path, which: str, step_dir: Path, items: dict[str, Any]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of a checkpoint, its meta and its arrays (`restore`), for those who only read a run.
+
+    step_dir: what `find_checkpoint` gave for `which`. Where the run's trainer has removed it since, as newer ones came,
+    it is the one that is meant now. Raises CheckpointError.
+    """
+    attempts = 1 if which.isdecimal() else 30
+    while True:
+        attempts -= 1
+        try:
+            return step_dir, read_meta(step_dir), restore(step_dir, items)
+        except RemovedError:
+            if attempts == 0:
+                raise
+            newer = find_checkpoint(out_dir, which)[0]
+            print(f"reading {newer}, since {step_dir} was removed meanwhile", file=sys.stderr)
+            step_dir = newer
 
 
 def _check_leaves(path: Path, on_disk: dict[str, Any], small: dict[str, str], wanted: dict[str, Any]) -> None:
@@ -133,6 +166,10 @@ def _part_joined(arrays: dict[str, Any], small: dict[str, str], wanted: Any) -> 
 
 def _checkpointer() -> Any:
     """orbax for the items of a step, in this process alone: where several train, it would have each wait for all."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+    from orbax.checkpoint.options import MultiprocessingOptions
+
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
     kinds = type_handlers.create_type_handler_registry(
@@ -160,7 +197,8 @@ def _checkpointer() -> Any:
 
 
 class Saver:
-    """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError.
+    """Saves in the background, one at a time. What went wrong comes out of check, wait and close as a SaveError, or as
+    a NotFiniteError where it is the weights that are wrong.
 
     The arrays are copied to the host (but for the last time), and all the rest happens in a thread of its own. orbax's
     asynchronous saving of device arrays would keep the training thread longer, and take twice the time of a CPU.
@@ -176,13 +214,21 @@ class Saver:
         self.log = self.root.parent / "metrics.jsonl"
         self.keep = keep
         _leave_the_telling_to_us()
-        self._orbax = _checkpointer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._has_failed = False
         for root in (self.root, self.best):
             root.mkdir(parents=True, exist_ok=True)
         self._finish_best()
         self._remove_leftovers()  # of a kill in the middle of a save
+
+    def prepare(self) -> None:
+        """Import orbax, so that the first save is as quick as the others, and an orbax that is broken shows early."""
+        if self.saves:
+            _ = self._orbax
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        return _checkpointer()
 
     def save(
         self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], *, is_best: bool, last: bool = False
@@ -213,6 +259,11 @@ class Saver:
 
     def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
         step_dir = self.root / str(step)
+        # The trainer knows that loss and gradient were finite, and not what the last update made of the weights.
+        if not all(np.isfinite([a.min(), a.max()]).all() for a in map(np.asarray, items["params"][0].values())):
+            raise NotFiniteError(step)
+        import orbax.checkpoint as ocp
+
         args = {
             name: ocp.args.PyTreeSave(arrays, custom_metadata={"small": small})
             for name, (arrays, small) in items.items()
@@ -235,7 +286,7 @@ class Saver:
         # What is newer than the step just saved was found damaged: it is no reason to remove a good one.
         older = [s for s in steps_in(self.root) if s <= step]
         for old in older[self.keep :]:
-            remove_step(self.root / str(old))
+            _try_to_remove(self.root / str(old))
 
     def _copy_for_best(self, step_dir: Path, meta: dict[str, Any]) -> Path:
         """A second copy on disk rather than a link: what damages one leaves the other. `meta` changes what it says."""
@@ -258,7 +309,7 @@ class Saver:
         copy.rename(target)
         for old in steps_in(self.best):
             if old != int(target.name):
-                remove_step(self.best / str(old))
+                _try_to_remove(self.best / str(old))
 
     def _finish_best(self) -> None:
         """What a kill left undone between a step's seal and the end of its copy's way to best/."""
@@ -280,6 +331,8 @@ class Saver:
         (step, saving), self._saving = self._saving, None
         if (error := saving.exception()) is not None:
             self._has_failed = True
+            if isinstance(error, NotFiniteError):
+                raise error
             raise SaveError(self.root / str(step), error) from error
 
     def check(self) -> None:
@@ -295,11 +348,20 @@ class Saver:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            if "_orbax" in vars(self):
+                self._orbax.close()
             # A failed save ends at its first error; what else it was writing may come after the first clean-up.
             for _ in range(5 if self._has_failed else 0):
                 self._remove_leftovers()
                 time.sleep(0.1)
+
+
+def _try_to_remove(step_dir: Path) -> None:
+    """Remove an older checkpoint. That it cannot be removed is told, and no reason to doubt the one just saved."""
+    try:
+        remove_step(step_dir)
+    except OSError as error:
+        print(f"note: {step_dir} is not needed any more and cannot be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _leave_the_telling_to_us() -> None:

@@ -5,6 +5,7 @@ meta.json that says how the ids were made. A batch is a pure function of (data, 
 is no loader state to save, so a resumed run sees exactly the batches it would have seen.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -50,9 +51,14 @@ def find_data_dir(dataset: str | Path) -> Path:
     )
 
 
-def _command_to_prepare(folder: Path, tokenizer: str = "gpt2") -> str:
+def _command_to_prepare(folder: Path) -> str:
     if (folder / "prepare.py").is_file():
         return f"python {folder / 'prepare.py'}"
+    try:
+        meta = load_meta(folder)
+    except DataError:
+        meta = None
+    tokenizer = meta["tokenizer"] if meta else "gpt2"
     script = Path("data/prepare_text.py")
     if not script.is_file():
         script = Path(__file__).resolve().parent / script
@@ -63,13 +69,18 @@ def check_dataset(data_dir: str | Path, block_size: int, vocab_size: int) -> Non
     """Raise DataError unless both token files can feed a model of this block_size and vocab_size."""
     data_dir = Path(data_dir)
     meta = load_meta(data_dir)
-    again = f"run `{_command_to_prepare(data_dir, meta['tokenizer'] if meta else 'gpt2')}` again"
+    again = f"run `{_command_to_prepare(data_dir)}` again"
     for split in ("train", "val"):
         path = data_dir / f"{split}.bin"
         ids = _open_tokens(path, DTYPES[meta["dtype"] if meta else "uint16"])
         if len(ids) <= block_size:
             raise DataError(f"{path} holds {len(ids):,} tokens, too few for block_size {block_size}: make that smaller")
-        if meta is None and not ids[1 : 2**16 : 2].any() and ids[: 2**16].any():
+        if (
+            ids.itemsize == 2
+            and f"{split}_tokens" not in (meta or {})
+            and not ids[1 : 2**16 : 2].any()
+            and ids[: 2**16].any()
+        ):
             raise DataError(f"{path}: every second uint16 is 0: these are uint32 ids; {again}, or say so in meta.json")
         expected = len(ids) if meta is None else meta.get(f"{split}_tokens", len(ids))
         if len(ids) != expected:
@@ -80,7 +91,7 @@ def check_dataset(data_dir: str | Path, block_size: int, vocab_size: int) -> Non
                 offset = start + int(np.argmax(window >= vocab_size))
                 raise DataError(
                     f"{path}: token id {ids[offset]} at offset {offset} is not below the vocab_size of {vocab_size}:"
-                    f" {again}, or use a larger vocab_size"
+                    f" {again}"
                 )
 
 
@@ -133,9 +144,19 @@ def write_dataset(
     return meta
 
 
+@contextlib.contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """No file is left of what could not be written to its end: a full disk needs the room."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _write_tokens(path: Path, ids: Tokens, dtype: np.dtype, vocab_size: int) -> int:
     count = 0
-    with open(path, "wb") as file:
+    with _whole_or_gone(path), open(path, "wb") as file:
         for piece in ids if isinstance(ids, Iterator) else [ids]:
             array = np.asarray(piece)
             if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:
@@ -161,6 +182,26 @@ def outline(path: Path) -> str:
     data = np.memmap(path, np.uint8, "r")
     pieces = [data[start : start + 2**16] for start in np.linspace(0, max(0, len(data) - 2**16), 16, dtype=np.int64)]
     return f"{len(data):,} bytes, crc {zlib.crc32(b''.join(map(bytes, pieces))):08x}"
+
+
+def outlines(data_dir: Path) -> str:
+    """What tells two data sets apart: `outline` of both files."""
+    return "; ".join(f"{name}: {outline(data_dir / name)}" for name in ("train.bin", "val.bin"))
+
+
+def unchanged(path: Path) -> Callable[[], None]:
+    """A function that raises DataError once the file holds other tokens than it does now. Cheap to call."""
+    known, content = _fingerprint(path), outline(path)
+
+    def check() -> None:
+        nonlocal known
+        if (now := _fingerprint(path)) == known:
+            return
+        if not (now and path.stat().st_size) or outline(path) != content:
+            raise DataError(f"{path} was written anew while the run reads it; it goes on with the tokens it began with")
+        known = now  # touched, or copied over itself
+
+    return check
 
 
 def get_batch(

@@ -26,6 +26,7 @@ def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:
     `jax_host_memory.keep_freed_memory`, `keep_compiled_code`, our own code for a CPU (`jax_cpu_kernels.load`), XLA's
     flags for a GPU, and with `deterministic` a GPU that gives the same bits every time.
     """
+    jax.config.update("jax_enable_x64", False)  # whatever JAX_ENABLE_X64 says: parameters are float32
     kind, _, index = device.partition(":")
     # The CPU stays available beside an accelerator, as it is by default: libraries compute small things there.
     platforms = {"auto": None, "cpu": "cpu", "mps": "cpu", "cuda": "cuda,cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}

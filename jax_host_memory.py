@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 
 def use_huge_pages() -> None:
@@ -13,10 +14,18 @@ def use_huge_pages() -> None:
     """
     glibc = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if glibc and "glibc.malloc.hugetlb" not in tunables:
+    if glibc and "glibc.malloc.hugetlb" not in tunables and _can_start_again():
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _can_start_again() -> bool:
+    """Whether the same command would run the same script: not from a pipe, in a notebook, under a debugger."""
+    script = Path(sys.argv[0])
+    started_here = {sys.argv[0], script.stem} & set(sys.orig_argv[1:])  # by its path, or by python -m
+    return bool(sys.executable and script.is_file() and started_here) and sys.gettrace() is None
 
 
 def keep_freed_memory() -> None:

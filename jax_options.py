@@ -47,7 +47,8 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
         if jax_run_dir.newest_good(out_dir / "checkpoints")[0] is None:
             go_on = "only its best checkpoint is whole, which --init_from=resume cannot go on from"
         raise ConfigError(f"{named('out_dir')} holds a run: {go_on}, --overwrite=True removes it")
-    if not (config.init_from == "resume" or config.eval_only) and jax_run_dir.holds_foreign_config(out_dir):
+    foreign = jax_run_dir.holds_foreign_config(out_dir) and not jax_run_dir.holds_run(out_dir)
+    if foreign and not (config.init_from == "resume" or config.eval_only):
         raise ConfigError(
             f"{named('out_dir')} has a config.json that is not a run's, and a run writes its own: take another"
         )
@@ -142,6 +143,9 @@ def open_data(
         if codec["tokenizer"] == "gpt2":
             print(f"the model's vocab_size is {vocab_size}: GPT-2's 50257 rounded up for efficiency")
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    before = meta["data"] if meta is not None and meta["config"].get("dataset") == config.dataset else None
+    if before not in (None, jax_data.outlines(data_dir)):
+        print(f"note: {data_dir} is not what it was, so the run will not go on as if it had never stopped")
     return data_dir, codec, vocab_size
 
 

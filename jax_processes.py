@@ -111,6 +111,8 @@ def together(main: Callable[[Processes], int], *bad_input: type[Exception]) -> i
     processes = find(os.environ)
     if processes.count == 1:
         return main(ALONE)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # an exception, so that the others are told
     _connect(processes)
     atexit.register(_leave_if_failed, processes)  # after the lock is released, and before JAX waits for the others
     stderr = sys.stderr

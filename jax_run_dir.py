@@ -10,6 +10,7 @@ looked at before jax is imported, so that a bad command line is refused at once.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ META_TYPES: dict[str, tuple[type | None, ...]] = {
     "config": (dict,),  # every option of the run; the trainer checks each
     "model": (dict,),
     "tied_head": (bool,),
+    "data": (str, None),  # jax_data.outlines of the data set; None before schema 4
     "codec": (dict,),  # as in a data set's meta.json; jax_codec.check_meta knows it
     "best_val_loss": (float, int, None),
     "evaluated_at": (int, None),
@@ -45,6 +47,20 @@ MODEL_TYPES: dict[str, tuple[type | None, ...]] = {
 
 class CheckpointError(Exception):
     """There is no checkpoint to use, or it does not fit. One line, for the person at the terminal."""
+
+
+class RemovedError(CheckpointError):
+    """A trainer that keeps only its newest checkpoints has removed the one that was being read."""
+
+    def __init__(self, step_dir: Path):
+        super().__init__(f"{step_dir} was removed while it was being read; run the same command again")
+
+
+class NotFiniteError(Exception):
+    """The weights of a step are not finite: training has diverged, and they are not saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"training diverged before step {step}: its weights are not finite")
 
 
 class SaveError(Exception):
@@ -71,7 +87,8 @@ def steps_in(root: Path) -> list[int]:
     """The step folders under `root`, newest first, sealed or not."""
     if not root.is_dir():
         return []
-    return sorted((int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
+    names = [p.name for p in root.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", p.name) and p.is_dir()]
+    return sorted(map(int, names), reverse=True)
 
 
 def sealed_steps(out_dir: Path) -> list[int]:
@@ -145,8 +162,8 @@ def read_meta(step_dir: Path) -> dict[str, Any]:
     path = step_dir / META_FILE
     try:
         meta = json.loads(path.read_bytes())
-    except FileNotFoundError:  # the trainer of this run keeps only the newest
-        raise CheckpointError(f"{path} was removed while it was being read; run the same command again") from None
+    except FileNotFoundError:
+        raise RemovedError(step_dir) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(meta, dict) or type(meta.get("schema")) is not int:
@@ -171,8 +188,8 @@ def migrate(meta: dict[str, Any]) -> dict[str, Any]:
         meta = meta | {"schema": 2, "bad_steps": 0, "devices": None}
     if meta["schema"] == 2:  # before small arrays were joined, which `restore` sees for itself
         meta = meta | {"schema": 3}
-    if meta["schema"] == 3:  # before there were heads of their own
-        meta = meta | {"schema": 4, "tied_head": True}
+    if meta["schema"] == 3:  # before there were heads of their own, and a change of the data was told
+        meta = meta | {"schema": 4, "tied_head": True, "data": None}
     return meta
 
 
@@ -208,5 +225,7 @@ def remove_run(out_dir: Path) -> None:
                 shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
-    for name in ("config.json", "metrics.jsonl"):
-        (out_dir / name).unlink(missing_ok=True)
+    for path in (out_dir / "config.json", out_dir / "metrics.jsonl"):
+        if path.is_dir() and not path.is_symlink():  # whoever made it one
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)

@@ -165,14 +165,12 @@ def _normals_of_one_draw(key: jax.Array, count: int) -> Callable[[float], nnx.In
 
 
 class GPT(nnx.Module):
-    """Pre-LN decoder with learned positions and a tied head. All initialisation is decided here:
+    """Pre-LN decoder with learned positions and a head, tied or not. All initialisation is decided here:
 
     weights              normal, std 0.02
     residual c_proj      normal, std 0.02 / sqrt(2 * n_layer): each layer adds two to the stream (GPT-2, section 2.3)
     biases               0
     LayerNorm            scale 1, bias 0, epsilon 1e-5
-
-    Weights from elsewhere may have a head of their own (`tied` False), which is never made here.
     """
 
     def __init__(self, config: GPTConfig, rngs: nnx.Rngs, tied: bool = True):
@@ -246,10 +244,13 @@ def _graphdef(config: GPTConfig, tied: bool) -> nnx.GraphDef:
     return graphdef
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(config: GPTConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters: a nested dict of arrays with string keys. The same key gives the same parameters."""
-    return nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(params=key)), nnx.Param)[1])
+@functools.partial(jax.jit, static_argnames=("config", "tied"))
+def init_params(config: GPTConfig, key: jax.Array, tied: bool = True) -> Params:
+    """Fresh float32 parameters: a nested dict of arrays with string keys. The same key gives the same parameters.
+
+    Without `tied` the head is a matrix of its own, `lm_head`, as some weights from elsewhere have it.
+    """
+    return nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(params=key), tied), nnx.Param)[1])
 
 
 @functools.cache
@@ -263,13 +264,13 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def has_tied_head(params: Params) -> bool:
-    """Whether the embeddings are the head, too, as in all that `init_params` makes."""
+    """Whether the embeddings are the head, too."""
     return "lm_head" not in params
 
 
 def abstract_params(config: GPTConfig, tied: bool = True) -> Params:
-    """The shapes and dtypes that `init_params` would give, without computing anything; without `tied` also a head's."""
-    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(0), tied), nnx.Param)[1]))
+    """The shapes and dtypes that `init_params` would give, without computing anything."""
+    return jax.eval_shape(functools.partial(init_params, config, tied=tied), jax.random.key(0))
 
 
 def forward(

@@ -397,6 +397,7 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
     Where the model has no biases, zeros are written, which transformers needs, and config.json says so. eos_token_id:
     where a text ends, if the tokenizer has such a token. Each file appears whole or not at all. Raises OSError.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     model = asdict(config)
@@ -427,8 +428,14 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: folder / f"{name}.tmp" for name in HF_FILES}
-    written["config.json"].write_text(json.dumps(options, indent=1) + "\n")
-    save_file(tensors, written["model.safetensors"], metadata={"format": "pt"})  # which transformers looks for
-    shutil.copymode(*written.values())  # safetensors lets nobody else read it
-    for name, path in written.items():
-        os.replace(path, folder / name)
+    try:
+        written["config.json"].write_text(json.dumps(options, indent=1) + "\n")
+        save_file(tensors, written["model.safetensors"], metadata={"format": "pt"})  # which transformers looks for
+        shutil.copymode(*written.values())  # safetensors lets nobody else read it
+        for name, path in written.items():
+            os.replace(path, folder / name)
+    except SafetensorError as error:  # its own form of an OSError
+        raise OSError(f"{folder}: {error}") from error
+    finally:
+        for path in written.values():
+            path.unlink(missing_ok=True)

@@ -6,16 +6,16 @@ python plot_jax.py out-shakespeare-char out-other --out=two.svg one colour a run
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+import configurator
 from jax_run_log import read_metrics
 
 Records = list[dict[str, Any]]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
         description="plot_jax.py OUT_DIR [OUT_DIR ...] [--out=FILE]: one picture of the curves of these runs.",
@@ -26,16 +26,13 @@ def main() -> int:
     out = args.out or args.out_dirs[0] / "curves.png"
 
     runs: dict[str, Records] = {}
-    try:
-        for out_dir in args.out_dirs:
-            runs[str(out_dir)] = read_run(out_dir)
-        draw(runs, out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for out_dir in args.out_dirs:
+        runs[str(out_dir)] = read_run(out_dir)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}")
+    draw(runs, out)
     print_table(runs)
     print(out)
-    return 0
 
 
 def read_run(out_dir: Path) -> Records:
@@ -118,4 +115,4 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    configurator.run_script(main, ValueError)

@@ -188,7 +188,6 @@ def load(
     config: SampleConfig, step_dir: Path | None, meta: dict[str, Any], found: jax_weights.Weights | None
 ) -> tuple[Any, Any]:
     """The weights on the device, and the model's configuration: of the run's checkpoint, or those that were `found`."""
-
     import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils
@@ -204,7 +203,10 @@ def load(
         return decoding_weights(jax_weights.read_weights(found, sharding), model), model
     assert step_dir is not None
     wanted = utils.placed(abstract_params(model, meta["tied_head"]), sharding)
-    return decoding_weights(jax_checkpoint.restore(step_dir, {"params": wanted})["params"], model), model
+    _, _, restored = jax_checkpoint.restore_beside_a_trainer(
+        Path(config.out_dir), config.checkpoint, step_dir, {"params": wanted}
+    )
+    return decoding_weights(restored["params"], model), model
 
 
 def main() -> None:
@@ -270,6 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(
-        main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError, machine_failed=OSError
-    )
+    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError)

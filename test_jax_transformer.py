@@ -211,6 +211,7 @@ def test_checkpoint_comes_back_bit_for_bit():
     state, mesh = fresh_state(), utils.make_mesh(jax.devices()[:1])
     about: dict = {"config": {}, "model": dataclasses.asdict(SMALL), "codec": {}, "best_val_loss": None}
     about |= {"evaluated_at": None, "wandb_run_id": None, "bad_steps": 0, "devices": None}
+    about |= {"tied_head": True, "data": None}
     with tempfile.TemporaryDirectory() as folder:
         saver = jax_checkpoint.Saver(Path(folder), keep=1)
         saver.save(7, state.params, state.opt_state, about, is_best=False)
@@ -335,8 +336,8 @@ def main() -> int:
     if failed:
         print(f"✗ {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
         return 1
-    print("✓ ALL TESTS PASSED!")
     print(f"The {'accelerator' if config.accelerator else 'JAX transformer library'} is working correctly.")
+    print("✓ ALL TESTS PASSED!")
     return 0
 
 

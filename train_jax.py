@@ -175,6 +175,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         weights = jax_weights.open_weights(config.init_from)
         config = jax_options.adopt_shape(config, sources, weights.model)
     data_dir, codec, vocab_size = jax_options.open_data(config, meta, weights)
+    data_outlines = jax_data.outlines(data_dir)
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
     options = dataclasses.asdict(config)
@@ -242,10 +243,13 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     else:
         print(f"Resuming training from {step_dir}")
         wanted = utils.abstract_state(model, optimizer, mesh, meta["tied_head"])
-        items = ["params"] if config.eval_only else ["params", "opt_state"]
-        restored = utils.in_own_memory(
-            jax_checkpoint.restore(step_dir, {item: getattr(wanted, item) for item in items})
-        )
+        if config.eval_only:
+            step_dir, meta, restored = jax_checkpoint.restore_beside_a_trainer(
+                out_dir, config.checkpoint, step_dir, {"params": wanted.params}
+            )
+        else:
+            restored = jax_checkpoint.restore(step_dir, {"params": wanted.params, "opt_state": wanted.opt_state})
+        restored = utils.in_own_memory(restored)
         state = utils.TrainState(restored["params"], restored.get("opt_state"))
         if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
@@ -337,7 +341,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         log.say(f"saving checkpoint to {out_dir}")
         log.retry()  # a checkpoint of step k promises that the log up to k is on disk
         about: dict[str, Any] = {"config": options, "model": dataclasses.asdict(model), "codec": codec}
-        about |= {"tied_head": has_tied_head(state.params), "devices": where}
+        about |= {"tied_head": has_tied_head(state.params), "data": data_outlines, "devices": where}
         saved_at, last_save_failed = progress.step, False
         with telling_of_a_failed_save():
             about |= dataclasses.asdict(progress)
@@ -356,8 +360,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     timed_since, timed_from = time.perf_counter(), first_step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
+    check_unchanged = jax_data.unchanged(data_dir / "train.bin")
+
     def make_batch(iteration: int) -> list[jax.Array]:
         """An iteration's rows on the devices. Runs in the prefetch thread."""
+        if processes.count == 1:  # several would see it at different steps, and wait for each other for ever
+            check_unchanged()
         pair = jax_data.get_batch(
             data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
             sampling=config.sampling, vocab_size=vocab_size, rows=own_rows,
@@ -386,9 +394,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             progress.bad_steps += 1
             what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             if progress.bad_steps > config.skip_bad_steps:
-                raise DivergenceError(
-                    f"training diverged at iteration {iteration}: {what}; {rows_of(iteration)}{ADVICE}"
-                )
+                raise DivergenceError(f"training diverged at iteration {iteration}: {what}; {rows_of(iteration)}")
             log.say(
                 f"skipped the update of iteration {iteration}: {what}; {rows_of(iteration)}; "
                 f"{progress.bad_steps} of {config.skip_bad_steps} allowed"
@@ -412,7 +418,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 train_loss, val_loss = compute(evaluate, state.params).result()
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
                 if not math.isfinite(train_loss + val_loss):
-                    raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite{ADVICE}")
+                    raise DivergenceError(f"training diverged before step {step}: the evaluation is not finite")
                 with telling_of_a_failed_save():
                     saver.wait()  # whether it failed decides what is best so far
                 progress.evaluated_at = step
@@ -443,6 +449,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             report_in_flight()  # the iteration before, while the device computes this one
             state, metrics = computing.result()
             if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
+                saver.prepare()
                 gc.collect()
                 gc.freeze()
             in_flight = step, metrics
@@ -461,8 +468,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
             )
             exit_code = EXIT_MACHINE_FAILED
-    except DivergenceError as error:
-        jax_run_log.complain(f"error: {error}")
+    except (DivergenceError, jax_run_dir.NotFiniteError) as error:
+        jax_run_log.complain(f"error: {error}{ADVICE}")
         exit_code = EXIT_DIVERGED
     finally:
         batches.close()

@@ -20,7 +20,7 @@ def read_input(source: Path, separator: str, out: Path) -> str:
     """The text of a file, or of every file in a folder with separator between, but for data sets made there before."""
     if not source.exists():
         raise DataError(f"--input={source}: no such file or folder")
-    if source.is_file():
+    if not source.is_dir():  # a file, or a pipe
         return read_text(source)
     inside = sorted((file.relative_to(source) for file in source.rglob("*") if file.is_file()), key=Path.as_posix)
     files = [source / file for file in inside if not any(part.startswith(".") for part in file.parts)]

@@ -36,6 +36,7 @@ ABOUT: dict[str, Any] = {  # the least that meta may hold
     "bad_steps": 0,
     "devices": None,
     "tied_head": True,
+    "data": None,
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import jax_checkpoint
 import jax_run_dir
-from jax_checkpoint import Saver, restore
+from jax_checkpoint import Saver, restore, restore_beside_a_trainer
 from jax_manifest import find_fault, write_manifest
-from jax_run_dir import CheckpointError, SaveError, find_checkpoint, read_meta
+from jax_run_dir import CheckpointError, NotFiniteError, RemovedError, SaveError, find_checkpoint, read_meta
 from jax_train_utils import make_mesh, replicated
 from tests.saving import ABOUT, optimizer_state, save_steps, tree
 
@@ -131,6 +131,49 @@ def test_only_the_newest_are_kept_and_best_apart(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
     assert find_fault(tmp_path / "best" / "2") is None
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    params = tree(5)
+    bad = {**params, "odd": jnp.asarray([1.0, np.inf, 2.0])}
+    saver = Saver(tmp_path, 2)
+    saver.save(4, params, optimizer_state(4), ABOUT, is_best=False)
+    saver.save(5, bad, optimizer_state(5), ABOUT, is_best=True)
+    with pytest.raises(NotFiniteError, match="training diverged before step 5: its weights are not finite"):
+        saver.wait()
+    saver.close()
+    assert [path.name for path in tmp_path.rglob("[45]")] == ["4"]
+
+
+def test_a_step_that_cannot_be_removed_is_a_note_and_no_failed_save(tmp_path, monkeypatch, capsys):
+    def may_not(step_dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(step_dir))
+
+    monkeypatch.setattr(jax_checkpoint, "remove_step", may_not)
+    save_steps(tmp_path, {1: True, 2: True}, keep=1)
+    said = capsys.readouterr().err
+    for which, root in (("latest", "checkpoints"), ("best", "best")):
+        assert find_checkpoint(tmp_path, which)[0].name == "2"
+        assert f"{tmp_path / root / '1'} is not needed any more and cannot be removed" in said
+
+
+def test_a_backup_beside_the_steps_is_not_taken_for_one(tmp_path):
+    save_steps(tmp_path, {1: False, 2: False})
+    for name in ("0002", "2.old", "٣"):
+        shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / name)
+    save_steps(tmp_path, {3: False, 4: False}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0002", "2.old", "3", "4", "٣"]
+    assert find_checkpoint(tmp_path)[0].name == "4"
+
+
+def test_readers_beside_a_trainer_take_the_newest_step_where_theirs_is_removed(tmp_path, capsys):
+    save_steps(tmp_path, {1: True, 2: False, 3: False}, keep=2)
+    wanted = {"params": abstract(tree(1))}
+    step_dir, meta, restored = restore_beside_a_trainer(tmp_path, "latest", tmp_path / "checkpoints" / "1", wanted)
+    assert (step_dir.name, meta["step"]) == ("3", 3) and equal(restored["params"], tree(3))
+    assert "checkpoints/3, since" in capsys.readouterr().err
+    with pytest.raises(RemovedError, match=r"checkpoints/1 was removed while it was being read; run the same"):
+        restore_beside_a_trainer(tmp_path, "1", tmp_path / "checkpoints" / "1", wanted)
 
 
 def test_a_step_saved_before_can_become_the_best(out_dir):

@@ -47,7 +47,10 @@ def gpt2_run(workdir: Path) -> GPTConfig:
     codec = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
     saver = jax_checkpoint.Saver(workdir / "out", keep=1)
     about = {"model": vars(config), "codec": codec, "config": {}, "bad_steps": 0}
-    about |= dict.fromkeys(("best_val_loss", "evaluated_at", "wandb_run_id", "devices")) | {"tied_head": True}
+    about |= dict.fromkeys(("best_val_loss", "evaluated_at", "wandb_run_id", "devices")) | {
+        "tied_head": True,
+        "data": None,
+    }
     saver.save(3, jax.device_put(params), {"none": jnp.zeros(1)}, about, is_best=True)
     saver.close()
     return config

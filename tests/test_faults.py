@@ -378,7 +378,8 @@ def test_data_that_turns_bad_ends_the_run_with_2_and_what_was_computed_is_saved(
         file.write(b"\xff" * len(good))
     errors = process.communicate()[1]
     assert process.returncode == 2 and leftovers(workdir / "out") == []
-    assert re.fullmatch(r"error: data/tiny: a token id in the train data is 65535, not below \d+\n", errors)
+    noticed = r"/train.bin was written anew while .*|: a token id in the train data is 65535, not below \d+"
+    assert re.fullmatch(rf"error: data/tiny({noticed})\n", errors)
 
     (workdir / "data" / "tiny" / "train.bin").write_bytes(good)
     saved = steps(workdir / "out")[-1]
@@ -386,6 +387,23 @@ def test_data_that_turns_bad_ends_the_run_with_2_and_what_was_computed_is_saved(
     assert iterations == list(range(saved)) and saved > 3
     done = run("train_jax.py", "--init_from=resume", "--out_dir=out", f"--max_iters={saved + 1}")
     assert f"iter {saved}: " in done.stdout
+
+
+def test_data_that_is_prepared_again_under_a_run_ends_it_with_2_and_touching_it_does_not(start, workdir):
+    process = start("tiny.py", "--max_iters=1000000", "--lr_decay_iters=20", "--log_interval=1")
+    path = workdir / "data" / "tiny" / "train.bin"
+    wait_for_line(process, "iter 3:")
+    path.touch()
+    for line in process.stdout:
+        if line.startswith("iter 20:"):
+            break
+    other = path.with_name("other.bin")
+    other.write_bytes(path.read_bytes()[::-1][1:-1] + b"\x00\x00")  # good ids, in another order
+    other.replace(path)
+    errors = process.communicate()[1]
+    assert process.returncode == 2 and steps(workdir / "out")
+    goes_on = "was written anew while the run reads it; it goes on with the tokens it began with"
+    assert errors == f"error: data/tiny/train.bin {goes_on}\n"
 
 
 def test_evaluation_data_that_turned_bad_is_told_before_a_resumed_run_computes_anything(run, workdir, finished):

@@ -74,7 +74,7 @@ def test_scanned_layers_are_the_same_layers(dropout_key):
 def test_embedding_gradients_are_summed_in_float32():
     """A sum of 4096 ones in bfloat16 ends at 256, and a frequent token would hardly learn."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=3, dtype="bfloat16")
-    graphdef, params = jax_transformer._graphdef(config), random_params(config)
+    graphdef, params = jax_transformer._graphdef(config, True), random_params(config)
     ids_BT, pulled_back = jnp.zeros((64, 64), jnp.int32), jnp.ones((64, 64, 8), jnp.bfloat16)
 
     def embedded(wte_VD):

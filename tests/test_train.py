@@ -177,6 +177,24 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
     assert fingerprints(finished / "checkpoints") == before
 
 
+def test_ctrl_c_ends_a_script_wherever_it_is_and_nothing_swallows_it(environment):
+    """Also in a callback of JAX's, out of which an exception does not come."""
+    computes = """
+import gc, os, signal, sys, time
+import configurator
+def main():
+    import jax
+    gc.callbacks.append(lambda phase, info: phase == "start" and os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()
+    time.sleep(60)
+configurator.run_script(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", computes], cwd=ROOT, env=environment, capture_output=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 @pytest.mark.parametrize("first", [("TERM", "INT"), ("INT", "TERM")])
 def test_of_sigterm_and_ctrl_c_in_any_order_only_a_second_ctrl_c_stops_at_once(environment, first):
     waits = "import time, jax_processes; jax_processes.StopRequest().listen(); print(flush=True); time.sleep(60)"

@@ -35,6 +35,12 @@ def test_directory_with_a_run_is_refused_and_overwrite_removes_only_the_run(run,
     assert (finished / "notes.txt").read_text() == "mine"
 
 
+def test_overwrite_removes_a_run_whose_configuration_is_damaged(quick, finished):
+    (finished / "config.json").write_text("{")
+    quick("train_jax.py", "tiny.py", "--out_dir=finished", "--overwrite=True", "--max_iters=1")
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["1"]
+
+
 def test_overwrite_goes_through_a_link_to_another_disk(quick, workdir, finished):
     (finished / "checkpoints").rename(workdir / "large_disk")
     (finished / "checkpoints").symlink_to(workdir / "large_disk")
@@ -100,6 +106,17 @@ def test_resume_refuses_data_of_another_vocabulary(run, workdir, finished):
     meta.write_text(json.dumps(content | {"itos": content["itos"][::-1]}))
     error = the_error(run("train_jax.py", "--init_from=resume", "--out_dir=finished", "--max_iters=22", expect=2))
     assert "dataset=tiny has another vocabulary than the run in finished" in error
+
+
+def test_resume_says_that_the_data_are_not_what_they_were(quick, workdir):
+    quick("train_jax.py", "tiny.py", "--max_iters=2")
+    resume = ("train_jax.py", "--init_from=resume", "--out_dir=out")
+    assert "is not what it was" not in quick(*resume, "--max_iters=4").stdout
+    path = workdir / "data" / "tiny" / "val.bin"
+    path.write_bytes(path.read_bytes()[::-1][1:-1] + b"\x00\x00")
+    assert (
+        "note: data/tiny is not what it was, so the run will not go on as if" in quick(*resume, "--max_iters=6").stdout
+    )
 
 
 def test_resume_refuses_a_damaged_log_and_keeps_it(run, workdir, finished):
