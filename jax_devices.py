@@ -1,9 +1,15 @@
 """The devices that JAX computes on, and what is set before it is first used: platform, XLA's flags, caches, threads."""
 
+import functools
+import glob
 import os
+import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,6 +86,7 @@ def keep_compiled_code() -> None:
 
     JAX_COMPILATION_CACHE_DIR decides where, if it is set. Several processes may use it at once.
     """
+    warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
     for name, value in {"min_compile_time_secs": 0.0, "min_entry_size_bytes": -1}.items():  # small ones add up
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name}", value)
@@ -89,6 +96,30 @@ def keep_compiled_code() -> None:
         jax.config.update("jax_compilation_cache_dir", str(jax_cpu_library.cache_folder()))
     except OSError as error:
         print(f"note: no folder for compiled code, so each start compiles anew ({error})")
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **how: Any) -> None:
+    """warnings.showwarning, but for those about `keep_compiled_code`: a line each, and damage is repaired.
+
+    An entry that is torn, by a kill or a full disk, JAX would never write again, and warn of at each start.
+    """
+    trouble = re.match(r"Error (read|writ)ing persistent compilation cache entry for '(.*?)': ", str(message))
+    if trouble is None:
+        usual(message, *where, **how)
+        return
+    folder = Path(str(jax.config.jax_compilation_cache_dir))  # type: ignore[attr-defined]
+    if trouble[1] == "read":
+        for entry in folder.glob(f"{glob.escape(trouble[2])}-*-cache"):
+            entry.unlink(missing_ok=True)
+        _note(f"compiled code in {folder} was damaged; what was kept of {trouble[2]} is compiled anew")
+    else:
+        _note(f"compiled code cannot be kept in {folder}: {' '.join(str(message)[trouble.end() :].split())[:200]}")
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Said once."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def in_own_thread() -> Callable[..., Future]:

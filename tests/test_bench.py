@@ -116,6 +116,11 @@ def test_compiled_code_is_kept_in_the_users_cache_and_found_again(quick, workdir
     assert any("train_step" in p.name for p in entries)
     quick("train_jax.py", "tiny.py", "--max_iters=2", "--overwrite=True", **kept)
     assert {p: p.stat().st_size for p in (workdir / "cache" / "nanogpt-jax").rglob("*-cache")} == entries
+    torn = next(path for path in entries if path.name.startswith("jit_train_step"))
+    torn.write_bytes(torn.read_bytes()[:1000])
+    done = quick("train_jax.py", "tiny.py", "--max_iters=2", "--overwrite=True", **kept)
+    assert re.fullmatch(r"note: compiled code in .* was damaged; what was kept of jit_train_step is .*\n", done.stderr)
+    assert torn.stat().st_size > 50_000
 
 
 @pytest.mark.slow
