@@ -331,8 +331,8 @@ class Saver:
         (step, saving), self._saving = self._saving, None
         if (error := saving.exception()) is not None:
             self._has_failed = True
-            if isinstance(error, NotFiniteError):
-                raise error
+            if isinstance(error, NotFiniteError) and jax.process_count() == 1:
+                raise error  # of several processes each will see it at the same step, in the loss
             raise SaveError(self.root / str(step), error) from error
 
     def check(self) -> None:

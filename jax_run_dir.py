@@ -10,6 +10,7 @@ looked at before jax is imported, so that a bad command line is refused at once.
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -94,7 +95,8 @@ def steps_in(root: Path) -> list[int]:
 def sealed_steps(out_dir: Path) -> list[int]:
     """The steps of checkpoints/ that were saved to their end, newest first; whether they verify is another question."""
     root = Path(out_dir) / "checkpoints"
-    return [step for step in steps_in(root) if (root / str(step) / MANIFEST).exists()]
+    # Path.exists would raise where the folder may not be looked into
+    return [step for step in steps_in(root) if os.path.exists(root / str(step) / MANIFEST)]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
