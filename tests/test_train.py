@@ -179,6 +179,7 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
 
 def test_ctrl_c_ends_a_script_wherever_it_is_and_nothing_swallows_it(environment):
     """Also in a callback of JAX's, out of which an exception does not come."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as do its children
     computes = """
 import gc, os, signal, sys, time
 import configurator
@@ -238,6 +239,13 @@ def test_divergence_stops_with_3_and_saves_nothing_bad(quick, workdir):
         r"tokens (\d+, ){15}\d+ and 8 more \(jax_data.batch_starts\) of data/tiny/train.bin; ", done.stderr
     )
     assert re.match(r"error: training diverged at iteration 1: loss (nan|inf), gradient norm ", the_error(done))
+    assert not list((workdir / "out" / "checkpoints").iterdir())
+
+
+def test_weights_that_the_last_update_made_infinite_are_not_saved_though_no_evaluation_saw_them(quick, workdir):
+    steep = ("--learning_rate=1e36", "--weight_decay=1e5", "--warmup_iters=0", "--grad_clip=0", "--decay_lr=False")
+    done = quick("train_jax.py", "tiny.py", *steep, "--save_interval=1", "--eval_interval=100", expect=3)
+    assert the_error(done).startswith("error: training diverged before step 1: its weights are not finite; nothing bad")
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
