@@ -137,6 +137,7 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_one_never_stopped
 
 @pytest.mark.parametrize("under_nohup", [False, True])
 def test_a_terminal_that_is_closed_stops_the_run_unless_it_is_under_nohup(workdir, environment, under_nohup):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     command = [sys.executable, str(ROOT / "train_jax.py"), "tiny.py", "--max_iters=1000000"]
     process = subprocess.Popen(
         ["nohup", *command] if under_nohup else command,
