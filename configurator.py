@@ -152,21 +152,23 @@ def run_script(
     except SystemExit as stop:
         exit_code = stop.code
     except machine_failed as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        _complain(f"error: {_one_line(str(error))}")
     except (RuntimeError, MemoryError) as error:
         # how XLA says it on a GPU, and on a CPU
         ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
         if not ran_out and not isinstance(error, MemoryError):
             raise
-        print(
+        _complain(
             "error: out of memory; halve --batch_size (in training, double --gradient_accumulation_steps with it: the "
-            f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})",
-            file=sys.stderr,
+            f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})"
         )
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python would try once more, complain, and end with another code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except KeyboardInterrupt:  # where several processes train, to which it is an exception
+        _leave(signal.SIGINT, None)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python would try once more, complain, and end with another code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     sys.exit(exit_code)
 
 
@@ -178,6 +180,11 @@ def _leave(signum: int, _frame: object) -> None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a console that is gone; a print that was under way
         sys.stdout.flush()
     os._exit(128 + signum)
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk behind stderr: the exit code says it, too
+        print(line, file=sys.stderr, flush=True)
 
 
 def _open_closed_streams() -> None:
@@ -199,7 +206,7 @@ def one_line_errors(*exception_types: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        _complain(f"error: {_one_line(str(error))}")
         raise SystemExit(2) from None
 
 

@@ -131,7 +131,6 @@ def main() -> None:
     files = tokenizer_files(codec, meta["model"])
 
     # jax is imported only here, so that a mistake in the options is told at once
-
     import jax_checkpoint
     import jax_devices
     import jax_train_utils as utils

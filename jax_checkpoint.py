@@ -63,8 +63,10 @@ def restore(step_dir: Path, items: dict[str, Any]) -> dict[str, Any]:
                 restore_args = ocp.checkpoint_utils.construct_restore_args(target)
                 args[name] = ocp.args.PyTreeRestore(target, restore_args=restore_args)
             restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
-    except FileNotFoundError as error:
-        raise RemovedError(step_dir) from error
+    except (FileNotFoundError, ValueError, KeyError) as error:  # what tensorstore and orbax make of a missing file
+        if isinstance(error, FileNotFoundError) or not (step_dir / MANIFEST).exists():  # which is removed first
+            raise RemovedError(step_dir) from error
+        raise
     return {
         name: restored[name] if small[name] is None else _part_joined(restored[name], small[name], wanted)
         for name, wanted in items.items()

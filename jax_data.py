@@ -198,7 +198,9 @@ def unchanged(path: Path) -> Callable[[], None]:
         if (now := _fingerprint(path)) == known:
             return
         if not (now and path.stat().st_size) or outline(path) != content:
-            raise DataError(f"{path} was written anew while the run reads it; it goes on with the tokens it began with")
+            raise DataError(
+                f"{path} was written anew while the run reads it; with the tokens it began with, resume goes on"
+            )
         known = now  # touched, or copied over itself
 
     return check

@@ -108,12 +108,17 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, *where: An
         usual(message, *where, **how)
         return
     folder = Path(str(jax.config.jax_compilation_cache_dir))  # type: ignore[attr-defined]
-    if trouble[1] == "read":
+    why = " ".join(str(message)[trouble.end() :].split())[:200]
+    if trouble[1] == "writ":
+        _note(f"compiled code cannot be kept in {folder}: {why}")
+        return
+    try:
         for entry in folder.glob(f"{glob.escape(trouble[2])}-*-cache"):
-            entry.unlink(missing_ok=True)
+            with entry.open("rb"):  # another user's is not ours to remove
+                entry.unlink(missing_ok=True)
         _note(f"compiled code in {folder} was damaged; what was kept of {trouble[2]} is compiled anew")
-    else:
-        _note(f"compiled code cannot be kept in {folder}: {' '.join(str(message)[trouble.end() :].split())[:200]}")
+    except OSError:
+        _note(f"compiled code in {folder} cannot be read: {why}")
 
 
 @functools.cache

@@ -145,7 +145,8 @@ def open_data(
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
     before = meta["data"] if meta is not None and meta["config"].get("dataset") == config.dataset else None
     if before not in (None, jax_data.outlines(data_dir)):
-        print(f"note: {data_dir} is not what it was, so the run will not go on as if it had never stopped")
+        goes_on = "" if config.eval_only else ", so the run will not go on as if it had never stopped"
+        print(f"note: {data_dir} is not what it was{goes_on}")
     return data_dir, codec, vocab_size
 
 

@@ -395,7 +395,8 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
     """Write a directory that transformers loads as GPT2LMHeadModel, and load_weights again, bit for bit.
 
     Where the model has no biases, zeros are written, which transformers needs, and config.json says so. eos_token_id:
-    where a text ends, if the tokenizer has such a token. Each file appears whole or not at all. Raises OSError.
+    where a text ends, if the tokenizer has such a token. Each file appears whole or not at all; a kill can leave what
+    was written of it, `.tmp`. Raises OSError.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

@@ -175,7 +175,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         weights = jax_weights.open_weights(config.init_from)
         config = jax_options.adopt_shape(config, sources, weights.model)
     data_dir, codec, vocab_size = jax_options.open_data(config, meta, weights)
-    data_outlines = jax_data.outlines(data_dir)
+    data_outlines, check_unchanged = jax_data.outlines(data_dir), jax_data.unchanged(data_dir / "train.bin")
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
     options = dataclasses.asdict(config)
@@ -360,16 +360,14 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     timed_since, timed_from = time.perf_counter(), first_step  # the time per iteration is the mean since then
     in_flight: tuple[int, dict[str, jax.Array]] | None = None  # metrics are read one step behind
 
-    check_unchanged = jax_data.unchanged(data_dir / "train.bin")
-
     def make_batch(iteration: int) -> list[jax.Array]:
         """An iteration's rows on the devices. Runs in the prefetch thread."""
-        if processes.count == 1:  # several would see it at different steps, and wait for each other for ever
-            check_unchanged()
         pair = jax_data.get_batch(
             data_dir, "train", iteration, seed=config.seed, batch_size=rows, block_size=config.block_size,
             sampling=config.sampling, vocab_size=vocab_size, rows=own_rows,
         )  # fmt: skip
+        if processes.count == 1:  # several would see it at different steps, and wait for each other for ever
+            check_unchanged()
         return [utils.shard_rows(rows_RT, layout.micro_batches, mesh) for rows_RT in pair]
 
     def rows_of(iteration: int) -> str:
@@ -473,7 +471,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         exit_code = EXIT_DIVERGED
     finally:
         batches.close()
-        with telling_of_a_failed_save():
+        # What is not finite in its weights, the loss has shown meanwhile.
+        with telling_of_a_failed_save(), contextlib.suppress(jax_run_dir.NotFiniteError):
             saver.close()
         exit_code = log.close(exit_code)
     if bad_data is not None:

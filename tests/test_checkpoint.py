@@ -176,6 +176,21 @@ def test_readers_beside_a_trainer_take_the_newest_step_where_theirs_is_removed(t
         restore_beside_a_trainer(tmp_path, "1", tmp_path / "checkpoints" / "1", wanted)
 
 
+def test_a_step_that_is_removed_file_by_file_while_it_is_read_is_told_as_removed(tmp_path, monkeypatch):
+    save_steps(tmp_path, {1: False, 2: False}, keep=2)
+    check = jax_checkpoint._check_leaves
+
+    def remove_then_check(path, *rest) -> None:
+        if path.parent.name == "1":
+            jax_run_dir.remove_step(path.parent)
+        check(path, *rest)
+
+    monkeypatch.setattr(jax_checkpoint, "_check_leaves", remove_then_check)
+    wanted = {"params": abstract(tree(1))}
+    step_dir = restore_beside_a_trainer(tmp_path, "latest", tmp_path / "checkpoints" / "1", wanted)[0]
+    assert step_dir.name == "2"
+
+
 def test_a_step_saved_before_can_become_the_best(out_dir):
     saver = Saver(out_dir, 2)
     saver.copy_to_best(7, {"best_val_loss": 1.25, "evaluated_at": 7})

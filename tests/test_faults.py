@@ -402,7 +402,7 @@ def test_data_that_is_prepared_again_under_a_run_ends_it_with_2_and_touching_it_
     other.replace(path)
     errors = process.communicate()[1]
     assert process.returncode == 2 and steps(workdir / "out")
-    goes_on = "was written anew while the run reads it; it goes on with the tokens it began with"
+    goes_on = "was written anew while the run reads it; with the tokens it began with, resume goes on"
     assert errors == f"error: data/tiny/train.bin {goes_on}\n"
 
 

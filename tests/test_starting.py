@@ -46,6 +46,11 @@ def test_a_full_console_is_one_line_and_changes_no_other_exit_code(workdir, envi
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+def test_a_mistake_is_exit_2_where_nobody_can_be_told(workdir, environment):
+    done = shell('"$@" 2>/dev/full', workdir, environment, str(ROOT / "train_jax.py"), "tiny.py", "--n_head=3")
+    assert done.returncode == 2
+
+
 def test_a_picture_that_cannot_be_written_is_the_machines_fault(workdir, environment, finished):
     done = shell('"$@"', workdir, environment, *PLOT, "--out=/dev/full")
     assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")

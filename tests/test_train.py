@@ -250,6 +250,24 @@ def test_weights_that_the_last_update_made_infinite_are_not_saved_though_no_eval
     assert not list((workdir / "out" / "checkpoints").iterdir())
 
 
+def test_a_loss_that_is_not_finite_before_a_slow_save_is_through_is_one_line_too(quick, workdir):
+    (workdir / "slow.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, jax_checkpoint, train_jax
+save = jax_checkpoint.Saver._save
+def slowly(*args):
+    time.sleep(1)
+    save(*args)
+jax_checkpoint.Saver._save = slowly
+configurator.run_script(train_jax.main)
+""")
+    steep = ("--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", "--decay_lr=False", "--save_interval=1")
+    done = quick(str(workdir / "slow.py"), "tiny.py", *steep, "--weight_decay=1e5", "--eval_interval=100", expect=3)
+    assert the_error(done).startswith("error: training diverged")
+    assert not list((workdir / "out" / "checkpoints").iterdir())
+
+
 def test_state_whose_evaluation_is_not_finite_is_never_saved(quick, workdir):
     # loss and gradient of iteration 0 are finite, 3e38 x (1 + 100 x weight) is not; the next thing is an evaluation
     wreck = (
