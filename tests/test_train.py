@@ -164,7 +164,7 @@ def test_second_ctrl_c_stops_at_once_with_130(workdir, environment, finished, op
     before = fingerprints(finished / "checkpoints")
     process = start(workdir, environment, "--init_from=resume", "--out_dir=finished", "--max_iters=22", option)
     wait_for_line(process, last_line)
-    time.sleep(6)  # so that it is under way on a busy machine, too; it takes several times as long
+    time.sleep(3)  # so that it is under way, mostly; it takes several times as long
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     # Told while the computation goes on, which it waits for.
@@ -331,7 +331,10 @@ def test_float16_resumes_exactly_with_its_loss_scale(quick, workdir, finished):
 
 def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(quick, workdir):
     # 12 rows an iteration: 4 devices take 3 each, of 8 devices 6 take 2 each
-    rows = ("tiny.py", "--gradient_accumulation_steps=3", "--dropout=0", "--max_iters=10", "--eval_iters=5")
+    heads_of_16 = "--n_embd=32"  # whose attention is our own code on a CPU
+    rows = (
+        "tiny.py", "--gradient_accumulation_steps=3", "--dropout=0", "--max_iters=10", "--eval_iters=5", heads_of_16
+    )  # fmt: skip
     losses = {}
     for devices, line in ((1, "3 x 4 rows"), (4, "1 x 3 rows"), (8, "1 x 2 rows")):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
