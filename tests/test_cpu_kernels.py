@@ -188,6 +188,7 @@ def losses_of(out_dir: Path) -> list[tuple]:
     return [(line["iter"], line.get("loss"), line.get("grad_norm"), line.get("val/loss")) for line in lines]
 
 
+@pytest.mark.slow  # the two forms of a model are compared above
 def test_without_a_compiler_the_run_is_the_same_but_for_rounding(quick, workdir):
     for out, env, notes in (("ours", {}, []), ("xla", {"CXX": "no-such-compiler"}, ["note: no C++ compiler"])):
         options = (f"--out_dir={out}", "--max_iters=10", *LONG)

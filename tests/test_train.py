@@ -364,6 +364,7 @@ def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(quick, workdir
     assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
 
 
+@pytest.mark.slow  # tests/test_forms.py compares the two forms of the model
 def test_scanned_layers_train_as_unrolled_ones(quick, workdir):
     losses, loops = {}, {}
     for scan in (False, True):
