@@ -42,10 +42,17 @@ def test_bench_times_a_configuration_and_its_figures_fit_together(quick, workdir
 
 @pytest.mark.slow
 def test_bench_without_the_data_set_takes_random_tokens_and_says_so(quick):
-    done = quick("bench_jax.py", "tiny.py", "--dataset=nowhere", "--steps=1", "--warmup_steps=1", "--eval_iters=1",
-               "--new_tokens=0")  # fmt: skip
+    if (ROOT / "data" / "openwebtext" / "train.bin").exists():
+        pytest.skip("OpenWebText is prepared here")
+    few = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=2", "--new_tokens=0")
+    done = quick("bench_jax.py", *few, "--steps=1", "--warmup_steps=1", "--eval_iters=1")
     assert "generation" not in done.stdout
-    assert "note: random tokens, since no data set 'nowhere'" in done.stdout
+    assert "note: random tokens, since no data set 'openwebtext'" in done.stdout
+
+
+def test_bench_refuses_a_data_set_that_was_asked_for_and_is_not_there(run):
+    error = the_error(run("bench_jax.py", "tiny.py", "--dataset=nowhere", expect=2))
+    assert "no data set 'nowhere'" in error and "--real_data=False takes random tokens" in error
 
 
 def test_bench_says_what_it_does_not_read_and_prints_its_options_when_asked(quick):
