@@ -178,8 +178,8 @@ def _by_element(function, *arrays: jax.Array) -> jax.Array:
 
     def gelu_kernel(*refs):
         *inputs, output_ref = refs
-        there = jnp.where(pl.program_id(0) == size // TILE, size % TILE, TILE)  # of this tile
-        mask = jnp.arange(TILE) < there
+        # not by counting elements, of which there may be more than 2**31
+        mask = (pl.program_id(0) < size // TILE) | (jnp.arange(TILE) < size % TILE)
         output = function(*(triton.load(ref, mask=mask, other=0).astype(jnp.float32) for ref in inputs))
         triton.store(output_ref, output.astype(dtype), mask=mask)
 

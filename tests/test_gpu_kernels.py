@@ -5,7 +5,9 @@ Where there is no such GPU, JAX computes what the kernels say.
 python -m pytest tests/test_gpu_kernels.py
 """
 
+import contextlib
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -257,3 +259,40 @@ def test_a_model_of_these_kernels_learns_as_the_plain_one(monkeypatch, dropout, 
     assert abs(plain_loss - our_loss) < 1e-2
     for expected, got in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(our_grads), strict=True):
         assert np.abs(got - expected).max() <= 0.05 * np.abs(expected).max() + 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# lowered for a GPU that is not there, which says more than computing what they mean
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels themselves are run here")
+def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax_gpu_pallas, "INTERPRET", False)
+    with contextlib.suppress(ImportError):  # JAX 0.11 and later look for the GPU
+        gpu_info = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        monkeypatch.setattr(gpu_info, "get_gpu_info", lambda: gpu_info._get_gpu_info_impl(gpu_info.GpuVersion.H200))
+
+    def value_and_pull(function, *arrays):
+        value, pull = jax.vjp(function, *arrays)
+        return pull(value)
+
+    def loss(logits_RV):
+        return jax_gpu_kernels.cross_entropy(logits_RV, jnp.zeros(64, jnp.int32)).mean()
+
+    def attend(q_BTNH, k_BTNH, v_BTNH):
+        return jax_gpu_attention.attention(q_BTNH, k_BTNH, v_BTNH, jnp.zeros(2, jnp.uint32), 0.1)
+
+    def shape(*sizes: int, dtype="bfloat16") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    weights = [shape(768, dtype="float32")] * 2
+    for function, arrays, kernels in (
+        (jax_gpu_kernels.layer_norm, [shape(64, 768), *weights], 2),
+        (jax_gpu_kernels.gelu_erf, [shape(64, 3072)], 2),
+        (jax_gpu_kernels.gelu_erf, [shape(3, 1001)], 2),
+        (loss, [shape(64, 50304)], 1),
+        (attend, [shape(2, 128, 2, 64)] * 3, 2),
+    ):
+        traced = jax.jit(functools.partial(value_and_pull, function)).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
