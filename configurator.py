@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
+import jax_console
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -152,13 +154,13 @@ def run_script(
     except SystemExit as stop:
         exit_code = stop.code
     except machine_failed as error:
-        _complain(f"error: {_one_line(str(error))}")
+        jax_console.complain(f"error: {_one_line(str(error))}")
     except (RuntimeError, MemoryError) as error:
         # how XLA says it on a GPU, and on a CPU
         ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
         if not ran_out and not isinstance(error, MemoryError):
             raise
-        _complain(
+        jax_console.complain(
             "error: out of memory; halve --batch_size (in training, double --gradient_accumulation_steps with it: the "
             f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})"
         )
@@ -167,8 +169,8 @@ def run_script(
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
-        except OSError:  # Python would try once more, complain, and end with another code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        except OSError:
+            jax_console.silence(number)
     sys.exit(exit_code)
 
 
@@ -180,11 +182,6 @@ def _leave(signum: int, _frame: object) -> None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a console that is gone; a print that was under way
         sys.stdout.flush()
     os._exit(128 + signum)
-
-
-def _complain(line: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk behind stderr: the exit code says it, too
-        print(line, file=sys.stderr, flush=True)
 
 
 def _open_closed_streams() -> None:
@@ -206,7 +203,7 @@ def one_line_errors(*exception_types: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        _complain(f"error: {_one_line(str(error))}")
+        jax_console.complain(f"error: {_one_line(str(error))}")
         raise SystemExit(2) from None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_console import complain
 from jax_manifest import MANIFEST, find_fault, fsync, write_manifest
 from jax_run_dir import (
     META_FILE,
@@ -90,7 +91,7 @@ def restore_beside_a_trainer(
             if attempts == 0:
                 raise
             newer = find_checkpoint(out_dir, which)[0]
-            print(f"reading {newer}, since {step_dir} was removed meanwhile", file=sys.stderr)
+            complain(f"reading {newer}, since {step_dir} was removed meanwhile")
             step_dir = newer
 
 
@@ -363,7 +364,7 @@ def _try_to_remove(step_dir: Path) -> None:
     try:
         remove_step(step_dir)
     except OSError as error:
-        print(f"note: {step_dir} is not needed any more and cannot be removed: {error}", file=sys.stderr, flush=True)
+        complain(f"note: {step_dir} is not needed any more and cannot be removed: {error}")
 
 
 def _leave_the_telling_to_us() -> None:

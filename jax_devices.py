@@ -5,7 +5,6 @@ import glob
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 
+import jax_console
 import jax_cpu_kernels
 import jax_cpu_library
 import jax_host_memory
@@ -124,7 +124,7 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, *where: An
 @functools.cache
 def _note(text: str) -> None:
     """Said once."""
-    print(f"note: {text}", file=sys.stderr)
+    jax_console.complain(f"note: {text}")
 
 
 def in_own_thread() -> Callable[..., Future]:

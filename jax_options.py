@@ -106,8 +106,8 @@ def adopt_shape(config: Any, sources: dict[str, str], model: dict[str, Any]) -> 
 
 def open_data(
     config: Any, meta: dict[str, Any] | None, weights: jax_weights.Weights | None
-) -> tuple[Path, dict[str, Any], int]:
-    """The data set's folder, its codec and the model's vocabulary size, once the data were found good.
+) -> tuple[Path, dict[str, Any], int, dict[str, str]]:
+    """The data set's folder, codec, the model's vocabulary size and `outlines`, once the data were found good.
 
     Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with, or if the data's
     is larger than that of the weights to start from.
@@ -143,25 +143,26 @@ def open_data(
         if codec["tokenizer"] == "gpt2":
             print(f"the model's vocab_size is {vocab_size}: GPT-2's 50257 rounded up for efficiency")
     jax_data.check_dataset(data_dir, config.block_size, vocab_size)
+    outlines = jax_data.outlines(data_dir)
     before = meta["data"] if meta is not None and meta["config"].get("dataset") == config.dataset else None
-    if before not in (None, jax_data.outlines(data_dir)):
+    if before not in (None, outlines):
         goes_on = "" if config.eval_only else ", so the run will not go on as if it had never stopped"
         print(f"note: {data_dir} is not what it was{goes_on}")
-    return data_dir, codec, vocab_size
+    return data_dir, codec, vocab_size, outlines
 
 
 def same_in_all(
     config: Any,
     step_dir: Path | None,
     weights: jax_weights.Weights | None,
-    data_dir: Path,
+    outlines: dict[str, str],
     codec: dict[str, Any],
     vocab_size: int,
 ) -> dict[str, Any]:
     """Name -> value of what has to be the same in all processes that train together: options, and what files hold."""
     # wandb's name is the first process's business, and in nanoGPT's configs the time
     options = {key: value for key, value in dataclasses.asdict(config).items() if not key.startswith("wandb_")}
-    files = {f"{split}.bin": jax_data.outline(data_dir / f"{split}.bin") for split in ("train", "val")}
+    files = dict(outlines)
     if step_dir is not None:
         files |= {"init_from": str(step_dir), "MANIFEST.json": (step_dir / "MANIFEST.json").read_text()}
     if weights is not None:

@@ -27,7 +27,7 @@ META_TYPES: dict[str, tuple[type | None, ...]] = {
     "config": (dict,),  # every option of the run; the trainer checks each
     "model": (dict,),
     "tied_head": (bool,),
-    "data": (str, None),  # jax_data.outlines of the data set; None before schema 4
+    "data": (dict, None),  # jax_data.outlines of the data set; None before schema 4
     "codec": (dict,),  # as in a data set's meta.json; jax_codec.check_meta knows it
     "best_val_loss": (float, int, None),
     "evaluated_at": (int, None),

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from jax_console import complain, silence
 from jax_manifest import fsync
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class RunLog:
                 sys.stdout.flush()
         except OSError as error:  # a pipe that was closed, a full disk under `> log.txt`
             self.console_is_gone = True
-            _silence_stdout()
+            silence(1)
             complain(f"warning: nothing more is printed ({_one_line(error)}); the run goes on")
 
     def iteration(self, iter: int, loss: float, lr: float, grad_norm: float, seconds_per_iter: float) -> None:
@@ -280,19 +281,6 @@ class RunLog:
         except Exception as error:  # noqa: BLE001  a broken logger must not stop a run
             self.wandb_run = None
             self.say(f"wandb: off for the rest of this run ({_one_line(error)}); metrics.jsonl has everything")
-
-
-def complain(line: str) -> None:
-    """A line on stderr, where that can still be written."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _silence_stdout() -> None:
-    """Have what is printed from now on, and what is still in its buffer, go nowhere: Python fails on it at the end."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.close(null)
 
 
 def _duration(seconds: float) -> str:

@@ -123,7 +123,10 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state."""
-    params = init_params(config, random_keys(seed)[0])
+    return _first_state(config, optimizer, init_params(config, random_keys(seed)[0]))
+
+
+def _first_state(config: GPTConfig, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     return TrainState(params, (optimizer.init(params), initial_loss_scale(config.dtype)))
 
 
@@ -143,8 +146,8 @@ def fresh_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed
 def state_of(params: Params, config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state that starts from these parameters; they have to be on every device of the mesh already."""
 
-    def fresh(params: Params) -> Any:
-        return optimizer.init(params), initial_loss_scale(config.dtype)
+    def fresh(params: Params) -> Any:  # the parameters stay where they are
+        return _first_state(config, optimizer, params).opt_state
 
     return TrainState(params, jax.jit(fresh, out_shardings=replicated(mesh))(params))
 
@@ -153,11 +156,8 @@ def abstract_state(
     config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, tied_head: bool = True
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
-
-    def state(params: Params) -> TrainState:
-        return TrainState(params, (optimizer.init(params), initial_loss_scale(config.dtype)))
-
-    return placed(jax.eval_shape(state, abstract_params(config, tied_head)), replicated(mesh))
+    shapes = jax.eval_shape(functools.partial(_first_state, config, optimizer), abstract_params(config, tied_head))
+    return placed(shapes, replicated(mesh))
 
 
 def placed(shapes: Any, sharding: NamedSharding) -> Any:

@@ -401,10 +401,11 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    from jax_transformer import has_tied_head
+
     model = asdict(config)
     tensors = {}
-    tied_head = "lm_head" not in params
-    for entry in entries(model, bias=True, tied_head=tied_head):
+    for entry in entries(model, bias=True, tied_head=has_tied_head(params)):
         if entry.ours.endswith(".bias") and not config.bias:
             array = np.zeros(entry.shape, np.float32)
         else:
@@ -421,7 +422,7 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
         "activation_function": {"erf": "gelu", "tanh": "gelu_new"}[config.gelu],
         "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "tie_word_embeddings": tied_head,
+        "tie_word_embeddings": has_tied_head(params),
         "bos_token_id": eos_token_id,  # GPT-2 has one token for both ends
         "eos_token_id": eos_token_id,
         "bias": config.bias,  # not transformers': whether the biases are parameters or just zeros

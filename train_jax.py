@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 import configurator
+import jax_console
 import jax_cpu_library
 import jax_data
 import jax_host_memory
@@ -174,14 +175,14 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         jax_data.find_data_dir(config.dataset)  # before a download of gigabytes
         weights = jax_weights.open_weights(config.init_from)
         config = jax_options.adopt_shape(config, sources, weights.model)
-    data_dir, codec, vocab_size = jax_options.open_data(config, meta, weights)
-    data_outlines, check_unchanged = jax_data.outlines(data_dir), jax_data.unchanged(data_dir / "train.bin")
+    data_dir, codec, vocab_size, outlines = jax_options.open_data(config, meta, weights)
+    check_unchanged = jax_data.unchanged(data_dir / "train.bin", outlines["train.bin"])
     rows = config.batch_size * config.gradient_accumulation_steps  # of an iteration, over all devices
     print(f"tokens per iteration will be: {rows * config.block_size:,}")
     options = dataclasses.asdict(config)
     if processes.count > 1:
         checkpoint = None if meta is None else step_dir
-        jax_processes.meet(processes, jax_options.same_in_all(config, checkpoint, weights, data_dir, codec, vocab_size))
+        jax_processes.meet(processes, jax_options.same_in_all(config, checkpoint, weights, outlines, codec, vocab_size))
         stop.listen()  # a signal that ended one of them now would leave the others waiting
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             progress.best_val_loss, progress.evaluated_at = jax_run_dir.best_val_loss(out_dir), None
             steps = jax_run_dir.sealed_steps(out_dir)
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
-            jax_run_log.complain(f"error: {error}. {newest}")
+            jax_console.complain(f"error: {error}. {newest}")
 
     def save(is_best: bool, last: bool) -> None:
         nonlocal saved_at, last_save_failed
@@ -341,7 +342,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         log.say(f"saving checkpoint to {out_dir}")
         log.retry()  # a checkpoint of step k promises that the log up to k is on disk
         about: dict[str, Any] = {"config": options, "model": dataclasses.asdict(model), "codec": codec}
-        about |= {"tied_head": has_tied_head(state.params), "data": data_outlines, "devices": where}
+        about |= {"tied_head": has_tied_head(state.params), "data": outlines, "devices": where}
         saved_at, last_save_failed = progress.step, False
         with telling_of_a_failed_save():
             about |= dataclasses.asdict(progress)
@@ -462,12 +463,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         finished = progress.step >= config.max_iters and progress.evaluated_at == progress.step
         exit_code = EXIT_STOPPED if stopping and not finished else 0
         if last_save_failed:
-            jax_run_log.complain(
+            jax_console.complain(
                 "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
             )
             exit_code = EXIT_MACHINE_FAILED
     except (DivergenceError, jax_run_dir.NotFiniteError) as error:
-        jax_run_log.complain(f"error: {error}{ADVICE}")
+        jax_console.complain(f"error: {error}{ADVICE}")
         exit_code = EXIT_DIVERGED
     finally:
         batches.close()

@@ -193,3 +193,24 @@ def write_config(tmp_path: Path) -> Callable[..., str]:
 def transformers() -> Any:
     """Hugging Face's, where it is installed."""
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def start(workdir: Path, environment: dict[str, str]) -> Iterator:
+    """start('tiny.py', ...): the trainer, left running."""
+    started = []
+
+    def start_trainer(*args: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_jax.py"), *args],
+            cwd=workdir, env=environment, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start_trainer
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

@@ -6,6 +6,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import jax_run_dir
+
 # In a script's environment: XLA compiles in a third of the time, without optimisations and, before JAX 0.11, with the
 # older of its two ways to make code of what it fused.
 HAS_BOTH_WAYS = tuple(map(int, version("jax").split(".")[:2])) < (0, 11)
@@ -37,3 +39,13 @@ def the_error(done: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def steps(out_dir: Path) -> list[int]:
+    return sorted(jax_run_dir.sealed_steps(out_dir))
+
+
+def leftovers(out_dir: Path) -> list[str]:
+    """What a run that has ended should not leave."""
+    unsealed = [p for p in out_dir.glob("*/*") if not (p / "MANIFEST.json").exists()]
+    return [str(p) for p in [*unsealed, *out_dir.rglob("*tmp*"), *out_dir.glob("lock")]]

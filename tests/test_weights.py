@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,15 +68,19 @@ def test_layout_table_is_the_models_own_tree():
             assert table == {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in found}
 
 
+def assert_logits_and_loss(params: Params, config: GPTConfig, truth: Any, name: str) -> None:
+    logits_BTV = logits_of(params, truth["ids"], config)
+    np.testing.assert_allclose(logits_BTV, truth[name], atol=1e-5)
+    loss = cross_entropy(logits_BTV, jnp.asarray(truth["targets"], jnp.int32)).mean()
+    np.testing.assert_allclose(loss, truth[f"{name}_loss"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("folder", ["single", "sharded", "hub", "bin", "legacy"])
 def test_every_layout_gives_the_logits_and_the_loss_of_transformers(folder):
     params, config = load_weights(FIXTURES / folder)
     assert config == GPTConfig(2, 2, 8, 12, 23, bias=True, gelu="tanh")
     with np.load(FIXTURES / "logits.npz") as truth:
-        logits_BTV = logits_of(params, truth["ids"], config)
-        np.testing.assert_allclose(logits_BTV, truth["gpt2"], atol=1e-5)
-        loss = cross_entropy(logits_BTV, jnp.asarray(truth["targets"], jnp.int32)).mean()
-        np.testing.assert_allclose(loss, truth["gpt2_loss"], rtol=1e-6)
+        assert_logits_and_loss(params, config, truth, "gpt2")
     assert_same(params, load_weights(FIXTURES / "single")[0])
 
 
@@ -89,10 +94,7 @@ def test_a_head_of_its_own_gives_the_logits_and_the_loss_of_transformers(tmp_pat
     params, config = load_weights(FIXTURES / "untied")
     assert config == GPTConfig(2, 2, 8, 12, 23, bias=True, gelu="tanh")
     with np.load(FIXTURES / "logits.npz") as truth:
-        logits_BTV = logits_of(params, truth["ids"], config)
-        np.testing.assert_allclose(logits_BTV, truth["untied"], atol=1e-5)
-        loss = cross_entropy(logits_BTV, jnp.asarray(truth["targets"], jnp.int32)).mean()
-        np.testing.assert_allclose(loss, truth["untied_loss"], rtol=1e-6)
+        assert_logits_and_loss(params, config, truth, "untied")
     # A configuration may say that they are one: the numbers count.
     shutil.copytree(FIXTURES / "untied", tmp_path / "said")
     edit_json(tmp_path / "said" / "config.json", tie_word_embeddings=True)
