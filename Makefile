@@ -10,6 +10,9 @@ ifndef JAX
 JAX    := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 endif
 
+# Set in many containers; every start would then compile all of JAX's Python again, two seconds of it.
+export PYTHONDONTWRITEBYTECODE :=
+
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 

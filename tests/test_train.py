@@ -330,13 +330,13 @@ def test_float16_resumes_exactly_with_its_loss_scale(quick, workdir, finished):
 
 
 def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(quick, workdir):
-    # 12 rows an iteration: 4 devices take 3 each, of 8 devices 6 take 2 each
+    # 12 rows an iteration: of 8 devices 6 take 2 each, 4 take 3 each
     heads_of_16 = "--n_embd=32"  # whose attention is our own code on a CPU
     rows = (
         "tiny.py", "--gradient_accumulation_steps=3", "--dropout=0", "--max_iters=10", "--eval_iters=5", heads_of_16
     )  # fmt: skip
     losses = {}
-    for devices, line in ((1, "3 x 4 rows"), (4, "1 x 3 rows"), (8, "1 x 2 rows")):
+    for devices, line in ((1, "3 x 4 rows"), (8, "1 x 2 rows")):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         done = quick("train_jax.py", *rows, f"--out_dir=out{devices}", **flags)
         assert "tokens per iteration will be: 192\n" in done.stdout
@@ -346,20 +346,13 @@ def test_losses_and_tokens_do_not_depend_on_the_number_of_devices(quick, workdir
             value for r in metrics(workdir / f"out{devices}") for key, value in r.items() if key.endswith("loss")
         ]
     assert len(losses[1]) == 10 + 2 * 2
-    assert losses[4] == pytest.approx(losses[1], abs=1e-5)
     assert losses[8] == pytest.approx(losses[1], abs=1e-5)
 
-    # and a run of one device goes on with 4, then with 6 of 8; one of 8 with 1
-    for out_dir, before, devices, used, max_iters in (
-        ("out1", 1, 4, 4, 14),
-        ("out1", 4, 8, 6, 18),
-        ("out8", 6, 1, 1, 18),
-    ):
+    # and the run of one device goes on with 4, the one of 6 with 1
+    for out_dir, before, devices in (("out1", 1, 4), ("out8", 6, 1)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        resumed = quick(
-            "train_jax.py", "--init_from=resume", f"--out_dir={out_dir}", f"--max_iters={max_iters}", **flags
-        )
-        assert re.search(rf"^resuming on {used} x cpu, which was {before} x cpu: losses .*$", resumed.stdout, re.M)
+        resumed = quick("train_jax.py", "--init_from=resume", f"--out_dir={out_dir}", "--max_iters=18", **flags)
+        assert re.search(rf"^resuming on {devices} x cpu, which was {before} x cpu: losses .*$", resumed.stdout, re.M)
     tail = [[r["loss"] for r in metrics(workdir / f"out{n}") if "loss" in r] for n in (1, 8)]
     assert len(tail[0]) == 18 and tail[1] == pytest.approx(tail[0], abs=1e-5)
 
