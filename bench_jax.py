@@ -36,6 +36,7 @@ import numpy as np
 
 import configurator
 import jax_codec
+import jax_console
 import jax_data
 import jax_run_log
 from configurator import AtLeast0, AtLeast1, ConfigError
@@ -88,7 +89,7 @@ def main() -> None:
     # the trainer's set-up
 
     compute = jax_devices.in_own_thread()
-    with configurator.one_line_errors(ValueError):
+    with jax_console.one_line_errors(ValueError):
         devices = jax_devices.find_devices(config.device, config.deterministic)
     rows = config.batch_size * config.gradient_accumulation_steps
     layout = utils.lay_out(rows, config.batch_size, len(devices))
@@ -325,4 +326,4 @@ def report(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_data.DataError)
+    jax_console.run_script(main, ConfigError, jax_data.DataError)

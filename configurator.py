@@ -15,20 +15,18 @@ import difflib
 import io
 import math
 import operator
-import os
 import re
-import signal
 import symtable
 import sys
 import traceback
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -72,7 +70,7 @@ AtLeast1 = Annotated[int, Between(1, below=2**32)]
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, default: Config | None = None) -> Config:
     """The options of this run. Bad input is one line on stderr and exit code 2."""
-    with one_line_errors():
+    with jax_console.one_line_errors(ConfigError):
         return parse_with_sources(config_class, argv, default)[0]
 
 
@@ -87,7 +85,7 @@ def parse_with_sources(
     files, flags, wants_help = split_argv(sys.argv[1:] if argv is None else argv, kinds)
     shows = [value_of(flag.text, kinds[flag.key]) for flag in flags if flag.key == "print_config"]
     prints_config = shows[-1:] == [True]  # and nothing beside it, as that is a config file
-    say = (lambda text: None) if quiet or wants_help or prints_config else _print_any
+    say = (lambda text: None) if quiet or wants_help or prints_config else jax_console.print_any
     config = config_class() if default is None else default
     sources: dict[str, str] = {}
 
@@ -100,7 +98,7 @@ def parse_with_sources(
         sources.update(dict.fromkeys(given, path))
         last_file.update(dict.fromkeys(given, index))
     if wants_help:
-        shown = {key: _one_line(value) for key, value in asdict(config).items() if isinstance(value, str)}
+        shown = {key: jax_console.one_line(value) for key, value in asdict(config).items() if isinstance(value, str)}
         tyro_cli(config_class, ["--help"], replace(config, **shown))
 
     options = {}
@@ -130,81 +128,12 @@ def print_sources(
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(40, max(len(value) for _, value, _ in rows))  # one long prompt should not push all else away
     for key, value, source in rows:
-        _print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {_one_line(source)}")
+        jax_console.print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {jax_console.one_line(source)}")
 
 
 def _literal(value: Any) -> str:
     """The value as a config file has it."""
     return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
-
-
-def run_script(
-    main: Callable[[], int | None], *bad_input: type[Exception], machine_failed: type[Exception] | tuple = OSError
-) -> NoReturn:
-    """Run a script's main and exit: as it returns, 2 for bad input, 1 where the machine failed, 130 on Ctrl-C."""
-    _open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in a background job
-        signal.signal(signal.SIGINT, _leave)
-    exit_code: Any = 1
-    try:
-        with one_line_errors(*bad_input):
-            done = main()
-            sys.stdout.flush()  # what cannot be written is told here, and not as Python ends
-            exit_code = done
-    except SystemExit as stop:
-        exit_code = stop.code
-    except machine_failed as error:
-        jax_console.complain(f"error: {_one_line(str(error))}")
-    except (RuntimeError, MemoryError) as error:
-        # how XLA says it on a GPU, and on a CPU
-        ran_out = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
-        if not ran_out and not isinstance(error, MemoryError):
-            raise
-        jax_console.complain(
-            "error: out of memory; halve --batch_size (in training, double --gradient_accumulation_steps with it: the "
-            f"update stays the same), or take a smaller model. ({_one_line(str(error))[:200]})"
-        )
-    except KeyboardInterrupt:  # where several processes train, to which it is an exception
-        _leave(signal.SIGINT, None)
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            jax_console.silence(number)
-    sys.exit(exit_code)
-
-
-def _leave(signum: int, _frame: object) -> None:
-    """Ctrl-C ends a script at once: a thread that computes is not waited for.
-
-    Python's own handler raises, wherever the program is: out of JAX's callbacks nothing comes, and the script went on.
-    """
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a console that is gone; a print that was under way
-        sys.stdout.flush()
-    os._exit(128 + signum)
-
-
-def _open_closed_streams() -> None:
-    """Give a script that was started with >&- or 2>&- a stream to write to, which nobody reads."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            try:
-                os.fstat(number)
-            except OSError:
-                os.dup2(nowhere, number)  # else the next file that is opened gets it, and what libraries print
-            setattr(sys, name, open(nowhere, "w", encoding="utf-8"))  # noqa: SIM115  to the end
-
-
-@contextlib.contextmanager
-def one_line_errors(*exception_types: type[Exception]) -> Iterator[None]:
-    """Bad input ends a script with one line and exit code 2. A bug in the program keeps its traceback."""
-    expected: tuple[type[Exception], ...] = (ConfigError, *exception_types)
-    try:
-        yield
-    except expected as error:
-        jax_console.complain(f"error: {_one_line(str(error))}")
-        raise SystemExit(2) from None
 
 
 class Kind(NamedTuple):
@@ -432,13 +361,3 @@ def tyro_cli(config_class: type[Config], args: list[str], default: Config) -> Co
 def _field_hints(config_class: type["DataclassInstance"]) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class, include_extras=True)
     return {field.name: hints[field.name] for field in fields(config_class)}
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print_any(text: str) -> None:
-    """Prints text that the terminal's encoding may not have, rather than fail on it."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -14,6 +14,7 @@ from typing import Any
 
 import configurator
 import jax_codec
+import jax_console
 import jax_run_dir
 import jax_weights
 from configurator import ConfigError
@@ -174,4 +175,4 @@ def trim_vocab(params: Any, model: Any, vocab_size: int) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError)
+    jax_console.run_script(main, ConfigError, jax_codec.DataError, jax_run_dir.CheckpointError)

@@ -157,7 +157,7 @@ def _to_its_end(processes: Processes, main: Callable[[Processes], int]) -> int:
 
 
 def _exit_code(error: BaseException, bad_input: tuple[type[Exception], ...]) -> int:
-    """What configurator.run_script makes of it."""
+    """What jax_console.run_script makes of it."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):

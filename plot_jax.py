@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import configurator
+import jax_console
 from jax_run_log import read_metrics
 
 Records = list[dict[str, Any]]
@@ -115,4 +115,4 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, ValueError)
+    jax_console.run_script(main, ValueError)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import configurator
 import jax_codec
+import jax_console
 import jax_run_dir
 import jax_weights
 from configurator import AtLeast0, AtLeast1, Between, ConfigError
@@ -194,7 +195,7 @@ def load(
     from jax_cache import decoding_weights
     from jax_transformer import GPTConfig, abstract_params
 
-    with configurator.one_line_errors(ValueError):
+    with jax_console.one_line_errors(ValueError):
         devices = jax_devices.find_devices(config.device)
     sharding = utils.replicated(utils.make_mesh(devices[:1]))
     shape = meta["model"] if found is None else found.model
@@ -243,7 +244,7 @@ def main() -> None:
     import jax_generate
 
     def start(first_row: int, rows: list[list[int]], tokens_per_dispatch: int) -> Iterator[list[str]]:
-        with configurator.one_line_errors(ValueError):
+        with jax_console.one_line_errors(ValueError):
             chunks = jax_generate.stream(
                 weights, model, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, key=jax.random.key(config.seed),
@@ -272,4 +273,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError)
+    jax_console.run_script(
+        main, ConfigError, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError
+    )

@@ -484,6 +484,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
 
 
 BAD_INPUT = (
+    ConfigError,
     jax_data.DataError,
     jax_run_dir.CheckpointError,
     jax_run_log.MetricsError,
@@ -492,8 +493,8 @@ BAD_INPUT = (
 )
 
 if __name__ == "__main__":
-    configurator.run_script(
-        lambda: jax_processes.together(main, ConfigError, *BAD_INPUT),
+    jax_console.run_script(
+        lambda: jax_processes.together(main, *BAD_INPUT),
         *BAD_INPUT,
         jax_processes.ProcessesError,
         machine_failed=(jax_run_dir.SaveError, OSError),

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
+import jax_console
 import jax_weights
 from configurator import AtLeast1, Between, ConfigError
 
@@ -116,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_weights.WeightsError)
+    jax_console.run_script(main, ConfigError, jax_weights.WeightsError)

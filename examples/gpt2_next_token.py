@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 import jax_codec
+import jax_console
 import jax_weights
 from configurator import AtLeast1, ConfigError
 
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run_script(main, jax_codec.DataError, jax_weights.WeightsError)
+    jax_console.run_script(main, ConfigError, jax_codec.DataError, jax_weights.WeightsError)

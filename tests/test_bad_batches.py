@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 POISON = """
 import sys
 sys.path.insert(0, {root!r})
-import configurator, jax, jax.numpy as jnp
+import jax, jax.numpy as jnp
+import jax_console
 import jax_data, jax_train_utils, train_jax
 clean = jax_train_utils.cross_entropy
 
@@ -33,7 +34,7 @@ def poisoned(logits, y_BT):
     return clean(logits, y_BT) * jnp.where(bad, jnp.nan, 1.0)
 
 jax_train_utils.cross_entropy = poisoned
-configurator.run_script(train_jax.main)
+jax_console.run_script(train_jax.main)
 """
 
 
@@ -135,9 +136,9 @@ def test_evaluation_data_that_turned_bad_is_told_before_a_resumed_run_computes_a
     (workdir / "unlooked.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, jax_data, train_jax
+import jax_console, jax_data, train_jax
 jax_data.check_dataset = lambda *_: None  # it looks at some of a large file's tokens
-configurator.run_script(train_jax.main, jax_data.DataError)
+jax_console.run_script(train_jax.main, jax_data.DataError)
 """)
     resume = ("--init_from=resume", "--out_dir=finished", "--max_iters=30", "--eval_interval=100")
     assert "a token id in the val data is 65535" in the_error(run(str(workdir / "unlooked.py"), *resume, expect=2))
@@ -148,12 +149,12 @@ def test_data_that_is_bad_from_the_first_batch_on_leaves_no_run_behind(run, work
     (workdir / "spoilt.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, jax_data, train_jax
+import jax_console, jax_data, train_jax
 def prefetch(*_):
     raise jax_data.DataError("the first batch is spoilt")
     yield
 jax_data.prefetch = prefetch
-configurator.run_script(train_jax.main, jax_data.DataError)
+jax_console.run_script(train_jax.main, jax_data.DataError)
 """)
     assert run(str(workdir / "spoilt.py"), "tiny.py", expect=2).stderr == "error: the first batch is spoilt\n"
     assert steps(workdir / "out") == []

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configurator
+import jax_console
 from configurator import Between, ConfigError
 from tests.parsing import ROOT, Plain, bad, good, run
 from train_jax import TrainConfig
@@ -330,13 +331,11 @@ def test_help_shows_the_values_after_a_config_file_and_needs_no_jax():
 
 
 def test_one_line_errors_takes_expected_errors_and_leaves_bugs(capsys):
-    with pytest.raises(SystemExit) as stop, configurator.one_line_errors(FileNotFoundError):
+    with pytest.raises(SystemExit) as stop, jax_console.one_line_errors(ConfigError, FileNotFoundError):
         raise FileNotFoundError("no\ndata")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: no\\ndata\n"
-    with pytest.raises(SystemExit), configurator.one_line_errors():
-        raise ConfigError("x")
-    with pytest.raises(ZeroDivisionError), configurator.one_line_errors(FileNotFoundError):
+    with pytest.raises(ZeroDivisionError), jax_console.one_line_errors(ConfigError, FileNotFoundError):
         raise ZeroDivisionError
 
 

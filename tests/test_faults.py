@@ -144,14 +144,14 @@ def test_failed_save_is_told_at_the_iteration_it_fails_and_best_is_what_is_on_di
     (workdir / "broken.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, jax_checkpoint, train_jax
+import jax_checkpoint, jax_console, train_jax
 seal = jax_checkpoint.write_manifest
 def write_manifest(step_dir):
     if step_dir.name == "10":
         raise OSError(28, "No space left on device")
     seal(step_dir)
 jax_checkpoint.write_manifest = write_manifest
-configurator.run_script(train_jax.main)
+jax_console.run_script(train_jax.main)
 """)
     args = ("--max_iters=2000", "--eval_interval=10", "--learning_rate=0", "--min_lr=0", "--eval_iters=1")
     process = subprocess.Popen(
@@ -182,7 +182,7 @@ def test_kill_in_the_first_save_leaves_a_run_or_none(quick, workdir, environment
     (workdir / "killed.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, jax_checkpoint, train_jax
+import jax_checkpoint, jax_console, train_jax
 seal = jax_checkpoint.write_manifest
 def write_manifest(step_dir):
     if step_dir.parent.name == "checkpoints" and {killed_in!r} == "write_manifest":
@@ -191,7 +191,7 @@ def write_manifest(step_dir):
 jax_checkpoint.write_manifest = write_manifest
 if {killed_in!r} == "_make_best":
     jax_checkpoint.Saver._make_best = lambda saver, copy: os._exit(9)
-configurator.run_script(train_jax.main)
+jax_console.run_script(train_jax.main)
 """)
     done = subprocess.run(
         [sys.executable, "killed.py", "tiny.py"], cwd=workdir, env=environment | QUICKLY, capture_output=True

@@ -183,13 +183,13 @@ def test_ctrl_c_ends_a_script_wherever_it_is_and_nothing_swallows_it(environment
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as do its children
     computes = """
 import gc, os, signal, sys, time
-import configurator
+import jax_console
 def main():
     import jax
     gc.callbacks.append(lambda phase, info: phase == "start" and os.kill(os.getpid(), signal.SIGINT))
     gc.collect()
     time.sleep(60)
-configurator.run_script(main)
+jax_console.run_script(main)
 """
     done = subprocess.run(
         [sys.executable, "-c", computes], cwd=ROOT, env=environment, capture_output=True, timeout=50, check=False
@@ -254,13 +254,13 @@ def test_a_loss_that_is_not_finite_before_a_slow_save_is_through_is_one_line_too
     (workdir / "slow.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, jax_checkpoint, train_jax
+import jax_checkpoint, jax_console, train_jax
 save = jax_checkpoint.Saver._save
 def slowly(*args):
     time.sleep(1)
     save(*args)
 jax_checkpoint.Saver._save = slowly
-configurator.run_script(train_jax.main)
+jax_console.run_script(train_jax.main)
 """)
     steep = ("--learning_rate=1e38", "--warmup_iters=0", "--grad_clip=0", "--decay_lr=False", "--save_interval=1")
     done = quick(str(workdir / "slow.py"), "tiny.py", *steep, "--weight_decay=1e5", "--eval_interval=100", expect=3)
