@@ -76,6 +76,8 @@ def main() -> None:
         raise ConfigError("new_tokens=1: the first token is the prompt's time, so 2 at least, or 0 to leave it out")
     if config.json and not Path(config.json).parent.is_dir():
         raise ConfigError(f"json={config.json}: there is no folder {Path(config.json).parent}; make it first")
+    if config.json and Path(config.json).is_dir():
+        raise ConfigError(f"json={config.json} is a folder: name the file")
     data_dir, vocab_size = find_data(config, sources)
 
     import jax

@@ -18,8 +18,7 @@ import jax_console
 import jax_run_dir
 import jax_weights
 from configurator import ConfigError
-
-END_OF_TEXT = "<|endoftext|>"
+from jax_codec import END_OF_TEXT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import jax_cpu_kernels
 from jax_ops import gelu, layer_norm
-from jax_transformer import GPTConfig, Params
+from jax_transformer import GPTConfig, Params, check_params
 
 # Of each layer the keys and the values, each as segments (B, N, S, H) that together have block_size columns. A CPU
 # reads only as many segments as there are tokens; a slice of one large array it would copy, for every token.
@@ -41,8 +41,10 @@ def init_cache(config: GPTConfig, B: int) -> Cache:
 def decoding_weights(params: Params, config: GPTConfig) -> Params:
     """What `forward_cached` takes: weights in the compute type, and each as (in, out), also the head's.
 
-    On a CPU in the panels of `jax_cpu_kernels`, where that is loaded. The embeddings are there twice for it.
+    On a CPU in the panels of `jax_cpu_kernels`, where that is loaded. The embeddings are there twice for it. Raises
+    AssertionError on parameters of another configuration.
     """
+    check_params(params, config)
     weights = jax.tree.map(lambda a: a.astype(config.dtype) if a.ndim > 1 else a, params)
     weights["head"] = {"kernel": weights.pop("lm_head", weights["wte"])["embedding"].T}
     layers = [weights["head"]]

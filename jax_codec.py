@@ -9,6 +9,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, NoReturn
 
+END_OF_TEXT = "<|endoftext|>"  # between GPT-2's documents
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB_SIZE, "dtype": "uint16"}  # where there is no meta data
@@ -169,7 +170,7 @@ def _gpt2_codec() -> Codec:
     return Codec(
         "gpt2",
         GPT2_VOCAB_SIZE,
-        lambda text: bpe.encode(text, allowed_special={"<|endoftext|>"}),
+        lambda text: bpe.encode(text, allowed_special={END_OF_TEXT}),
         lambda ids: bpe.decode(_check_ids(ids, GPT2_VOCAB_SIZE)),
     )
 

@@ -13,7 +13,7 @@ other keys and values, and the last block_size tokens go through the model again
 import functools
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from jax_cache import Cache, decoding_weights, forward_cached, init_cache
 from jax_transformer import GPTConfig, Params
 
 MAX_TOKENS_PER_DISPATCH = 32
+NOT_FINITE = -1  # drawn where no token can be
 
 
 class Sampling(NamedTuple):
@@ -58,7 +59,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Collection[int] = (),
     key: jax.Array,
     vocab_size: int | None = None,
     first_row: int = 0,
@@ -85,7 +86,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Collection[int] = (),
     key: jax.Array,
     vocab_size: int | None = None,
     first_row: int = 0,
@@ -102,7 +103,9 @@ def stream(
     Where it is called again and again, `params` may be what `decoding_weights` makes of them: it saves doing it anew.
 
     Raises ValueError, at once, on an empty prompt, an id that the vocabulary lacks, or an option out of its range.
+    Raises FloatingPointError, as it goes, where the logits are not finite: there is no next token then.
     """
+    max_new_tokens, top_k = operator.index(max_new_tokens), None if top_k is None else operator.index(top_k)
     vocab_size = config.vocab_size if vocab_size is None else vocab_size
     check_options(max_new_tokens, temperature, top_k, top_p, min_p)
     if not 1 <= vocab_size <= config.vocab_size:
@@ -123,9 +126,11 @@ def stream(
             f"the longest prompt has {longest} tokens: only the last {config.block_size} fit in the model's window",
             file=sys.stderr,
         )
+    top_p, min_p = (None if p is None else float(p) for p in (top_p, min_p))
     sampling = Sampling(float(temperature), top_k, top_p, min_p, vocab_size)
     row_keys_B = _row_keys(key, first_row + np.arange(len(rows)))
-    return _run(params, config, rows, sampling, max_new_tokens, list(stop_tokens), row_keys_B, tokens_per_dispatch)
+    stops = [i for i in map(operator.index, stop_tokens) if 0 <= i < vocab_size]  # others are never drawn
+    return _run(params, config, rows, sampling, max_new_tokens, stops, row_keys_B, tokens_per_dispatch)
 
 
 def check_options(
@@ -158,6 +163,12 @@ def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B
         chunk: list[list[int]] = [[] for _ in rows]
         for b, ids in enumerate(new_BC.tolist()):
             for i in ids:
+                if i == NOT_FINITE and not done[b]:
+                    so_far = len(rows[b]) + len(chunk[b])
+                    raise FloatingPointError(
+                        f"after {so_far} tokens of row {b} the logits are not finite: the weights are not sound, or "
+                        f"too large for {config.dtype}"
+                    )
                 done[b] = done[b] or i in stop_tokens
                 if not done[b]:
                     chunk[b].append(i)
@@ -250,17 +261,19 @@ def _decode(weights, state: Decoding, steps, row_keys_B, stop_ids, *, config: GP
 
 
 def draw(logits_BV: jax.Array, row_keys_B: jax.Array, number: jax.Array | int, sampling: Sampling) -> jax.Array:
-    """Token `number` of each row, (B,) int32, from the logits (B, V) of its last one."""
+    """Token `number` of each row, (B,) int32, from the logits (B, V) of its last one, or NOT_FINITE."""
     assert logits_BV.ndim == 2, f"logits_BV must have 2 dimensions, (batch, vocabulary), not shape {logits_BV.shape}"
     assert logits_BV.shape[0] == row_keys_B.shape[0], f"{logits_BV.shape[0]} rows, but {row_keys_B.shape[0]} keys"
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.vocab_size < logits_BV.shape[1]:
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < sampling.vocab_size, logits_BV, -jnp.inf)
+    finite_B = jnp.isfinite(logits_BV.max(axis=-1))  # NaN and infinity are what comes out, whatever the others are
     if sampling.temperature < 1e-30:  # so near 0 that float32 could not divide by it
-        return likeliest(logits_BV)
+        return jnp.where(finite_B, likeliest(logits_BV), NOT_FINITE)
     logits_BV = warp(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, number)
-    return pick(jax.nn.softmax(logits_BV, axis=-1), jax.vmap(jax.random.uniform)(keys_B))
+    next_B = pick(jax.nn.softmax(logits_BV, axis=-1), jax.vmap(jax.random.uniform)(keys_B))
+    return jnp.where(finite_B, next_B, NOT_FINITE)
 
 
 def pick(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -315,6 +328,7 @@ def keep_likeliest(logits_BV: jax.Array, top_p: float) -> jax.Array:
     Without sorting, which takes a CPU as long as a small model: the least logit that stays is found bit by bit, by
     adding up the probabilities of those at or above it. Equals stay together.
     """
+    top_p = max(top_p, float(np.finfo(np.float32).tiny))  # below it XLA takes 0, which no logit at all would reach
     probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)

@@ -253,6 +253,13 @@ def init_params(config: GPTConfig, key: jax.Array, tied: bool = True) -> Params:
     return nnx.to_pure_dict(nnx.split(GPT(config, nnx.Rngs(params=key), tied), nnx.Param)[1])
 
 
+def check_params(params: Params, config: GPTConfig) -> None:
+    """Raise AssertionError, naming the first that differs, unless the parameters are those of such a model."""
+    if (given := _shapes(params)) != (expected := _expected_shapes(config, has_tied_head(params))):
+        name = min(name for name in given.keys() | expected if given.get(name) != expected.get(name))
+        raise AssertionError(f"params do not fit config: {name} is {given.get(name)}, expected {expected.get(name)}")
+
+
 @functools.cache
 def _expected_shapes(config: GPTConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     return _shapes(abstract_params(config, tied))
@@ -293,13 +300,9 @@ def forward(
     assert jnp.issubdtype(input_ids_BT.dtype, jnp.integer), f"input_ids_BT must be integers, not {input_ids_BT.dtype}"
     T = input_ids_BT.shape[1]
     assert 1 <= T <= config.block_size, f"{T} tokens do not fit in block_size={config.block_size}"
-    tied = has_tied_head(params)
-    if (given := _shapes(params)) != (expected := _expected_shapes(config, tied)):
-        differ = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))
-        name = differ[0]
-        raise AssertionError(f"params do not fit config: {name} is {given.get(name)}, expected {expected.get(name)}")
+    check_params(params, config)
     dropout_key = None if config.dropout == 0 else dropout_key
-    return nnx.merge(_graphdef(config, tied), params)(input_ids_BT, dropout_key, scan_layers)
+    return nnx.merge(_graphdef(config, has_tied_head(params)), params)(input_ids_BT, dropout_key, scan_layers)
 
 
 def num_params(params: Params) -> int:

@@ -68,6 +68,12 @@ LAYOUT = (
 HEAD = "lm_head.weight"  # files of a tied head have it or not; here it is wte itself
 PREFIX = re.compile(r"(_orig_mod\.)?(transformer\.)?")  # torch.compile's, and that of the model with a head
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older files have beside the weights
+ALIASES = {  # transformers takes either name
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+}
 GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}  # transformers' names
 
 
@@ -219,6 +225,11 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} is a run of this program: go on with it by --init_from=resume --out_dir={folder}, or turn it "
             f"into a directory of weights with export_jax.py"
         )
+    for alias, name in ALIASES.items():
+        if alias in options and options.setdefault(name, options[alias]) != options[alias]:
+            raise WeightsError(
+                f"{path}: {alias} is {short_repr(options[alias])}, and {name} {short_repr(options[name])}"
+            )
     # What the code of our model has built in, and the value it has where a file does not say.
     activation = options.get("activation_function", "gelu_new")
     n_embd = options.get("n_embd", 768)
@@ -284,13 +295,16 @@ def _open_hf_tensors(path: Path) -> Tensors:
 
 def _open_nanogpt(path: Path) -> Weights:
     saved = open_torch(path)
-    if not (isinstance(saved, dict) and isinstance(saved.get("model_args"), dict) and isinstance(saved["model"], dict)):
+    args, named = (saved.get(key) if isinstance(saved, dict) else None for key in ("model_args", "model"))
+    if not (isinstance(args, dict) and isinstance(named, dict) and all(isinstance(name, str) for name in named)):
         raise WeightsError(f"{path} is not a checkpoint of nanoGPT: it has no model_args and model")
-    args = saved["model_args"]
     sizes = {key: args.get(key) for key in SIZES}
-    # Checkpoints older than the option have biases. nanoGPT's GELU is erf, also where it began with GPT-2's weights.
-    model = _checked_model({**sizes, "bias": args.get("bias", True), "gelu": "erf"}, {}, path)
-    found = {name: tensor for name, tensor in saved["model"].items() if isinstance(tensor, Tensor)}
+    # nanoGPT's GELU is erf, also where it began with GPT-2's weights. Until May 2023 it was tanh: in checkpoints of its
+    # first month, which have biases and no word of them, and in later ones that nothing tells apart.
+    model = _checked_model(
+        {**sizes, "bias": args.get("bias", True), "gelu": "erf" if "bias" in args else "tanh"}, {}, path
+    )
+    found = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
     return _match(str(path), path, found, model, "linear", zero_biases=False, tied_head=True)
 
 
@@ -396,13 +410,14 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
 
     Where the model has no biases, zeros are written, which transformers needs, and config.json says so. eos_token_id:
     where a text ends, if the tokenizer has such a token. Each file appears whole or not at all; a kill can leave what
-    was written of it, `.tmp`. Raises OSError.
+    was written of it, `.tmp`. Raises OSError, and AssertionError on parameters of another configuration.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    from jax_transformer import has_tied_head
+    from jax_transformer import check_params, has_tied_head
 
+    check_params(params, config)
     model = asdict(config)
     tensors = {}
     for entry in entries(model, bias=True, tied_head=has_tied_head(params)):
@@ -410,7 +425,6 @@ def save_hf(params: "Params", config: "GPTConfig", folder: str | Path, *, eos_to
             array = np.zeros(entry.shape, np.float32)
         else:
             leaf: Any = functools.reduce(lambda node, key: node[key], entry.ours.split("."), params)
-            assert leaf.shape == entry.shape, f"params do not fit config: {entry.ours} is {leaf.shape}, {entry.shape=}"
             array = np.asarray(leaf, np.float32)  # host-device sync
         name = entry.theirs if entry.theirs == HEAD else f"transformer.{entry.theirs}"
         tensors[name] = np.ascontiguousarray(array.T if entry.conv1d else array)

@@ -243,11 +243,13 @@ def main() -> None:
 
     import jax_generate
 
+    key = jax.random.key(config.seed, impl="threefry2x32")  # of others a row's numbers depend on the rows beside it
+
     def start(first_row: int, rows: list[list[int]], tokens_per_dispatch: int) -> Iterator[list[str]]:
         with jax_console.one_line_errors(ValueError):
             chunks = jax_generate.stream(
                 weights, model, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, key=jax.random.key(config.seed),
+                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, key=key,
                 vocab_size=min(codec.vocab_size, model.vocab_size), first_row=first_row,
                 tokens_per_dispatch=tokens_per_dispatch,
             )  # fmt: skip
@@ -274,5 +276,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax_console.run_script(
-        main, ConfigError, jax_codec.DataError, jax_run_dir.CheckpointError, jax_weights.WeightsError
+        main,
+        ConfigError,
+        jax_codec.DataError,
+        jax_run_dir.CheckpointError,
+        jax_weights.WeightsError,
+        FloatingPointError,
     )

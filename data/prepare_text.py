@@ -11,7 +11,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from prepare_tools import DataError, OneLineParser, named_path, read_text, run, split_text, val_fraction, write_text
+from prepare_tools import (
+    END_OF_TEXT,
+    DataError,
+    OneLineParser,
+    named_path,
+    read_text,
+    run,
+    split_text,
+    val_fraction,
+    write_text,
+)
 
 MADE_HERE = ("train.bin", "val.bin", "meta.json", "meta.pkl")
 
@@ -37,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", choices=["char", "gpt2", "bytes"], default="char", help="what a token is")
     parser.add_argument("--val_fraction", type=val_fraction, default=0.1, help="the share at the end for validation")
     options = parser.parse_args()
-    text = read_input(options.input, "<|endoftext|>" if options.tokenizer == "gpt2" else "\n", options.out)
+    text = read_input(options.input, END_OF_TEXT if options.tokenizer == "gpt2" else "\n", options.out)
     if not text:
         raise DataError(f"--input={options.input} holds no text")
     write_text(options.out, options.tokenizer, *split_text(text, options.val_fraction))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
-from jax_codec import BYTES_VOCAB_SIZE, GPT2_VOCAB_SIZE, DataError, make_codec
+from jax_codec import BYTES_VOCAB_SIZE, END_OF_TEXT, GPT2_VOCAB_SIZE, DataError, make_codec
 from jax_data import write_dataset
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -118,8 +118,11 @@ def read_text(path: Path) -> str:
 
 
 def split_text(text: str, val_fraction: float) -> tuple[str, str]:
-    """The beginning for training, the end for validation, cut by characters as nanoGPT does."""
+    """The beginning for training, the end for validation, cut by characters as nanoGPT does; not in an end of text."""
     cut = int(len(text) * (1 - val_fraction))
+    around = text.find(END_OF_TEXT, max(0, cut - len(END_OF_TEXT) + 1), cut + len(END_OF_TEXT) - 1)
+    if around >= 0:
+        cut = around + len(END_OF_TEXT)
     return text[:cut], text[cut:]
 
 
@@ -139,7 +142,7 @@ def write_text(out_dir: Path, tokenizer: str, train_text: str, val_text: str) ->
 
     def encode(text: str) -> np.ndarray:
         if tokenizer == "gpt2":  # BPE must see a document as a whole: another cut could split a token
-            pieces = re.split(r"(?=<\|endoftext\|>)", text)
+            pieces = re.split(f"(?={re.escape(END_OF_TEXT)})", text)
         else:
             pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
         return np.concatenate([np.empty(0, np.uint16), *(np.array(codec.encode(p), np.uint16) for p in pieces)])

@@ -32,12 +32,15 @@ class ExampleConfig:
 def main() -> None:
     config = configurator.parse(ExampleConfig)
     weights = jax_weights.open_weights(config.model)
-    codec = jax_codec.make_codec(None)  # GPT-2's
+    path = jax_weights.find_weights(config.model)
+    codec = jax_codec.make_codec(None if path is None else jax_codec.load_meta_beside(path))  # None: GPT-2's
     ids = codec.encode(config.text)
     if not 1 <= len(ids) <= weights.model["block_size"]:
         raise ConfigError(f"text has {len(ids)} tokens; the model takes 1 to {weights.model['block_size']}")
     if max(ids) >= weights.model["vocab_size"]:
-        raise ConfigError(f"{config.model} knows {weights.model['vocab_size']} tokens only: not GPT-2's tokenizer")
+        raise ConfigError(
+            f"{config.model} knows {weights.model['vocab_size']} tokens only: not the {codec.tokenizer} tokenizer"
+        )
 
     # jax is imported only here, so that a mistake in the options is told at once
     import jax

@@ -88,6 +88,7 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"n_inner": 7}, "n_inner is 7; this model has null or 32"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"bias": "no"}, "bias is 'no'"),
+    ({"num_attention_heads": 4}, "num_attention_heads is 4, and n_head 2"),
     ({"bias": False}, r"not zero although config\.json says \"bias\": false.*h\.0\.ln_1\.bias"),
 ]
 
@@ -130,6 +131,10 @@ def write(name: str, content: bytes):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def saves_as_ckpt(content: dict[str, Any]):
+    return lambda folder: write_torch(folder / "ckpt.pt", content)
+
+
 FILE_FAULTS: dict[str, tuple[str, Any, str]] = {
     "header of 2^60 bytes": ("single", header_of_2_to_the_60, "header too large.*damaged, incomplete or no"),
     "empty file": ("single", write("model.safetensors", b""), "damaged, incomplete or no"),
@@ -151,7 +156,9 @@ FILE_FAULTS: dict[str, tuple[str, Any, str]] = {
     "bin of text": ("bin", write("pytorch_model.bin", b"version https://git-lfs"), "neither a zip file nor"),
     "zip of something": ("bin", lambda f: zipfile.ZipFile(f / "pytorch_model.bin", "w").close(), r"no data\.pkl"),
     "bin of no table": ("bin", lambda f: write_torch(f / "pytorch_model.bin", [1]), "not a table of tensors by name"),
-    "checkpoint of no model": ("bin", lambda f: write_torch(f / "ckpt.pt", {"a": 1}), "not a checkpoint of nanoGPT"),
+    "checkpoint of no model": ("bin", saves_as_ckpt({"a": 1}), "not a checkpoint of nanoGPT"),
+    "checkpoint of sizes alone": ("bin", saves_as_ckpt({"model_args": {}}), "not a checkpoint of nanoGPT"),
+    "checkpoint of numbers": ("bin", saves_as_ckpt({"model_args": {}, "model": {1: 2}}), "not a checkpoint of nanoGPT"),
 }
 
 

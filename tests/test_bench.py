@@ -73,7 +73,9 @@ def test_bench_makes_several_steps_in_one_dispatch(quick, workdir):
     assert train["tokens_per_s"] == pytest.approx(2 * 4 * 16 / train["ms"]["median"] * 1000)
 
 
-@pytest.mark.parametrize("flag", ["--n_head=3", "--burn=3", "--json=nowhere/bench.json", "--new_tokens=1"])
+@pytest.mark.parametrize(
+    "flag", ["--n_head=3", "--burn=3", "--json=nowhere/bench.json", "--json=data", "--new_tokens=1"]
+)
 def test_bench_mistake_is_one_line(run, flag):
     assert flag[2:6] in the_error(run("bench_jax.py", "tiny.py", flag, expect=2))
 

@@ -160,6 +160,15 @@ def test_next_token_example_shows_the_softmax_of_the_forward_pass(run, workdir):
     assert [text for _, _, text in rows] == [repr(make_codec(None).decode([token])) for token in likeliest.tolist()]
 
 
+def test_next_token_example_takes_the_tokens_that_lie_beside_the_weights(run, workdir):
+    random_weights(workdir / "model", GPTConfig(1, 1, 4, 4, 3))
+    meta = {"tokenizer": "char", "vocab_size": 3, "dtype": "uint16", "itos": ["a", "b", "ö"]}
+    (workdir / "model" / "meta.json").write_text(json.dumps(meta))
+    done = run("examples/gpt2_next_token.py", "--model=model", "--text=öb")
+    assert "'öb' is 2 tokens: [2, 1]" in done.stdout
+    assert sorted(re.findall(r"% +(\d)  '(.)'$", done.stdout, re.M)) == [("0", "a"), ("1", "b"), ("2", "ö")]
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

@@ -277,6 +277,43 @@ def test_padding_of_the_vocabulary_is_never_drawn():
         assert drawn_B.max() == 19
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 5e-324])
+def test_as_little_probability_as_a_float_can_say_is_the_likeliest_token(top_p):
+    options: dict[str, Any] = {"max_new_tokens": 5, "key": KEY, "vocab_size": 20}
+    greedy = generate(SHALLOW_PARAMS, SHALLOW, PROMPTS, temperature=0, **options)
+    assert generate(SHALLOW_PARAMS, SHALLOW, PROMPTS, top_p=top_p, **options) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("largest", [np.nan, np.inf])
+def test_logits_that_are_not_finite_give_no_token(temperature, largest):
+    embedding_VD = SHALLOW_PARAMS["wte"]["embedding"].copy()
+    embedding_VD[25] = largest  # of a token that no prompt has
+    untied = SHALLOW_PARAMS | {"lm_head": {"embedding": embedding_VD}}
+    with pytest.raises(FloatingPointError, match="after 7 tokens of row 0 the logits are not finite"):
+        generate(untied, SHALLOW, PROMPTS, max_new_tokens=2, temperature=temperature, key=KEY)
+    padding = generate(untied, SHALLOW, PROMPTS, max_new_tokens=2, temperature=temperature, vocab_size=25, key=KEY)
+    assert [len(ids) for ids in padding] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"n_layer": 1}, r"h\.1"), ({"n_layer": 3}, r"h\.2"), ({"bias": False}, r"h\.0\.attn\.c_attn\.bias"),
+     ({"block_size": 64}, r"wpe"), ({"vocab_size": 50}, "wte")],
+)  # fmt: skip
+def test_parameters_of_another_model_are_refused(change, named):
+    with pytest.raises(AssertionError, match=f"params do not fit config: {named}"):
+        generate(PARAMS, dataclasses.replace(TINY, **change), PROMPTS, max_new_tokens=1, key=KEY)
+
+
+def test_numbers_may_be_numpys_and_stop_tokens_any():
+    options: dict[str, Any] = {"max_new_tokens": np.int64(4), "top_k": np.int32(5), "top_p": np.float32(0.9)}
+    new_ids = generate(SHALLOW_PARAMS, SHALLOW, PROMPTS, stop_tokens={-1, 2**40}, key=KEY, **options)
+    assert [len(ids) for ids in new_ids] == [4, 4, 4]
+    with pytest.raises(TypeError, match="integer"):
+        stream(SHALLOW_PARAMS, SHALLOW, PROMPTS, max_new_tokens=2.5, key=KEY)  # type: ignore[arg-type]
+
+
 def test_frequencies_are_the_models_probabilities():
     rows, temperature = 4000, 3.0
     first = generate(PARAMS, TINY, [[3, 1, 4]] * rows, max_new_tokens=1, temperature=temperature, top_k=10, key=KEY)

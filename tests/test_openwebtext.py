@@ -125,6 +125,23 @@ def test_openwebtext_parts_of_other_settings_are_not_used(repo, tmp_path):
     assert np.fromfile(folder / "train.bin", np.uint16).size > 100
 
 
+def test_openwebtext_does_only_those_shards_again_that_changed(repo, tmp_path):
+    folder, source = owt(repo), lay_shards(tmp_path / "source", 3)
+    options = (f"--source={source}", "--num_proc=1", "--val_fraction=0.1")
+    whole = source / "2.jsonl"
+    text = whole.read_text()
+    whole.write_text(text + "no JSON\n")
+    assert_one_line(prepare(repo, "openwebtext/prepare.py", *options), "line 101: not a JSON object")
+    for part in (folder / "parts").glob("*.train"):
+        assert part.stem in ("00000", "00001")
+        np.array([7, 50256], np.uint16).tofile(part)  # to be known again
+    whole.write_text(text + "\n  \n")  # lines that are blank are no documents, and no mistake
+    output = prepare_well(repo, "openwebtext/prepare.py", *options)
+    assert "2 of 3 shards are done already" in output
+    ids = np.fromfile(folder / "train.bin", np.uint16)
+    assert ids[:4].tolist() == [7, 50256, 7, 50256] and np.count_nonzero(ids == 50256) > 80
+
+
 def test_openwebtext_reads_parquet(repo, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "source").mkdir()

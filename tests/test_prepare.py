@@ -12,6 +12,7 @@ import pytest
 
 import jax_codec
 import jax_data
+from data.prepare_tools import split_text
 from tests.preparing import INPUTS, assert_one_line, digests, environment, need_gpt2_tokenizer, prepare, prepare_well
 
 
@@ -127,6 +128,16 @@ def test_own_input_that_is_not_utf8_or_empty_is_one_line(repo, name):
 
 
 # ---- own text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spaces", range(15))
+def test_no_end_of_text_is_cut_in_two(spaces):
+    text = "-" * (40 - spaces) + "<|endoftext|>" + "-" * 60
+    train, val = split_text(text, 0.6)
+    assert train + val == text
+    cut = int(len(text) * 0.4)
+    end = 40 - spaces + len("<|endoftext|>")
+    assert len(train) == (end if 40 - spaces < cut < end else cut)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bytes"])

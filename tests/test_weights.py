@@ -84,6 +84,17 @@ def test_every_layout_gives_the_logits_and_the_loss_of_transformers(folder):
     assert_same(params, load_weights(FIXTURES / "single")[0])
 
 
+def test_the_other_names_that_transformers_takes_for_the_sizes_count(tmp_path):
+    shutil.copytree(FIXTURES / "single", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    options = json.loads(path.read_text())
+    for name, other in (("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"), ("n_embd", "hidden_size"),
+                        ("n_positions", "max_position_embeddings")):  # fmt: skip
+        options[other] = options.pop(name)
+    path.write_text(json.dumps(options))
+    assert load_weights(tmp_path / "model")[1] == load_weights(FIXTURES / "single")[1]
+
+
 def test_bfloat16_weights_become_the_same_float32():
     params, config = load_weights(FIXTURES / "bf16")
     with np.load(FIXTURES / "logits.npz") as truth:
@@ -157,8 +168,8 @@ def test_orientation_follows_the_kind_of_file_for_every_matrix(tmp_path):
     assert np.argwhere(block["mlp"]["c_proj"]["kernel"]).tolist() == [[0, 1]]  # (out, in), as in torch
 
 
-def test_older_nanogpt_checkpoints_without_the_bias_option_have_biases(tmp_path):
-    config = GPTConfig(1, 1, 4, 3, 5, bias=True)
+def test_older_nanogpt_checkpoints_without_the_bias_option_have_biases_and_its_first_gelu(tmp_path):
+    config = GPTConfig(1, 1, 4, 3, 5, bias=True, gelu="tanh")
     named = {e.theirs: np.ones(e.shape[::-1] if e.linear else e.shape, np.float32)
              for e in jax_weights.entries(vars(config), bias=True)}  # fmt: skip
     args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 3, "vocab_size": 5}
@@ -249,7 +260,16 @@ def test_saving_over_what_is_there_replaces_it_and_leaves_nothing_else(tmp_path)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}  # others may read it
 
 
-def test_parameters_of_another_shape_are_not_saved(tmp_path):
-    with pytest.raises(AssertionError, match=r"params do not fit config: wte\.embedding"):
-        save_hf(random_params(GPTConfig(1, 1, 4, 3, 5)), GPTConfig(1, 1, 4, 3, 6), tmp_path)
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (GPTConfig(2, 1, 4, 3, 6, bias=True), r"wte\.embedding"),
+        (GPTConfig(1, 1, 4, 3, 5, bias=True), r"h\.1\.attn"),
+        (GPTConfig(3, 1, 4, 3, 5, bias=True), r"h\.2\.attn"),
+        (GPTConfig(2, 1, 4, 3, 5), r"h\.0\.attn\.c_attn\.bias"),
+    ],
+)
+def test_parameters_of_another_model_are_not_saved(tmp_path, config, named):
+    with pytest.raises(AssertionError, match=rf"params do not fit config: {named}"):
+        save_hf(random_params(GPTConfig(2, 1, 4, 3, 5, bias=True)), config, tmp_path)
     assert not any(tmp_path.iterdir())

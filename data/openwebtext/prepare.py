@@ -93,6 +93,8 @@ def read_documents(shard: Path) -> Iterator[str | None]:
     elif shard.suffix == ".jsonl":
         with open(shard, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
                     text = json.loads(line)["text"]
                 except (ValueError, KeyError, TypeError, RecursionError):
@@ -158,14 +160,18 @@ def tokenize_shard(shard: Path, name: str, part: Path, seed: int, share: float) 
 
 
 def open_parts(settings: dict) -> None:
-    """Keep the finished parts of an earlier run with these settings; throw away those of any other."""
-    file = PARTS / "settings.json"
-    text = json.dumps(settings)
-    if PARTS.exists() and not (file.exists() and file.read_text() == text):
-        shutil.rmtree(PARTS)
+    """Keep what earlier runs with these settings finished of these shards; throw away all else."""
     PARTS.mkdir(exist_ok=True)
+    file = PARTS / "settings.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    same = {**before, "shards": None} == {**settings, "shards": None}
+    pairs = zip(before.get("shards", ()), settings["shards"], strict=False)
+    kept = {f"{i:05d}" for i, (shard, now) in enumerate(pairs) if same and tuple(shard) == now}
+    for part in PARTS.iterdir():
+        if part != file and part.name.partition(".")[0] not in kept:
+            part.unlink()
     tmp = file.with_suffix(".tmp")
-    tmp.write_text(text)
+    tmp.write_text(json.dumps(settings))
     os.replace(tmp, file)
 
 
