@@ -85,7 +85,7 @@ def parse_with_sources(
     files, flags, wants_help = split_argv(sys.argv[1:] if argv is None else argv, kinds)
     shows = [value_of(flag.text, kinds[flag.key]) for flag in flags if flag.key == "print_config"]
     prints_config = shows[-1:] == [True]  # and nothing beside it, as that is a config file
-    say = (lambda text: None) if quiet or wants_help or prints_config else jax_console.print_any
+    say = (lambda text: None) if quiet or wants_help or prints_config else print
     config = config_class() if default is None else default
     sources: dict[str, str] = {}
 
@@ -128,7 +128,7 @@ def print_sources(
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(40, max(len(value) for _, value, _ in rows))  # one long prompt should not push all else away
     for key, value, source in rows:
-        jax_console.print_any(f"{key:<{key_width}} = {value:<{value_width}}  # {jax_console.one_line(source)}")
+        print(f"{key:<{key_width}} = {value:<{value_width}}  # {jax_console.one_line(source)}")
 
 
 def _literal(value: Any) -> str:

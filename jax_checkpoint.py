@@ -276,7 +276,9 @@ class Saver:
             # If we are killed before the step is sealed (`write_manifest(step_dir)`), there is no such step. If after
             # that, the copy for best/ is whole, and `_finish_best` renames it. It is not renamed earlier, since until
             # the step is sealed, what is in best/ might be all that there is of the run.
-            copy = self._copy_for_best(step_dir, {}) if is_best else None
+            copy = None
+            with contextlib.suppress(OSError):  # where there is no room for it, the step itself is as good
+                copy = self._copy_for_best(step_dir, {}) if is_best else None
             if self.log.exists():  # a checkpoint of step k promises that the log up to k is on disk
                 with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
                     fsync(self.log)
@@ -290,6 +292,8 @@ class Saver:
         older = [s for s in steps_in(self.root) if s <= step]
         for old in older[self.keep :]:
             _try_to_remove(self.root / str(old))
+        if is_best and copy is None:
+            self._make_best(self._copy_for_best(step_dir, {}))
 
     def _copy_for_best(self, step_dir: Path, meta: dict[str, Any]) -> Path:
         """A second copy on disk rather than a link: what damages one leaves the other. `meta` changes what it says."""
@@ -336,7 +340,8 @@ class Saver:
             self._has_failed = True
             if isinstance(error, NotFiniteError) and jax.process_count() == 1:
                 raise error  # of several processes each will see it at the same step, in the loss
-            raise SaveError(self.root / str(step), error) from error
+            sealed = (self.root / str(step) / MANIFEST).exists()
+            raise SaveError((self.best if sealed else self.root) / str(step), error) from error
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile; never waits."""

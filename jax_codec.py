@@ -2,12 +2,13 @@
 
 import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, NoReturn
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"  # between GPT-2's documents
 GPT2_VOCAB_SIZE = 50257
@@ -81,7 +82,9 @@ class _PlainUnpickler(pickle._Unpickler):
     """Builds dicts, lists, text and numbers only. Python's own unpickler rather than the C one, since a
     hostile file can make that one allocate any amount of memory."""
 
-    def find_class(self, module: str, name: str) -> NoReturn:
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         raise pickle.UnpicklingError(f"it names {module}.{name}, and plain data names nothing")
 
 
@@ -93,11 +96,17 @@ def _read_plain_pickle(path: Path) -> Any:
 
 
 def _from_nanogpt(meta: Any, path: Path) -> dict[str, Any]:
-    """nanoGPT's {'vocab_size', 'itos', 'stoi'} in meta.json's form."""
-    if not (isinstance(meta, dict) and type(meta.get("vocab_size")) is int and isinstance(meta.get("itos"), dict)):
+    """nanoGPT's {'vocab_size', 'itos', 'stoi'} in meta.json's form.
+
+    nanoGPT's trainer reads the first alone, so that is enough to train; nobody knows then what the ids mean.
+    """
+    vocab_size, itos = (meta.get(key) if isinstance(meta, dict) else None for key in ("vocab_size", "itos"))
+    if type(vocab_size) is not int:
         raise DataError(f"{path} is not nanoGPT's dict of vocab_size, itos and stoi: prepare the data again")
-    vocab_size, itos = meta["vocab_size"], meta["itos"]
-    if len(itos) != vocab_size or any(i not in itos for i in range(vocab_size)):
+    if itos is None:
+        return {"tokenizer": "unknown", "vocab_size": vocab_size, "dtype": "uint16"}
+    itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
+    if not isinstance(itos, dict) or len(itos) != vocab_size or any(i not in itos for i in range(vocab_size)):
         raise DataError(f"{path}: itos does not name the ids 0 to {vocab_size - 1}: prepare the data again")
     characters = [itos[i] for i in range(vocab_size)]
     return {"tokenizer": "char", "vocab_size": vocab_size, "dtype": "uint16", "itos": characters}

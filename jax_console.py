@@ -4,6 +4,7 @@ Also where nobody can read it: a closed pipe, a full disk behind `> log.txt`.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ def run_script(
 ) -> NoReturn:
     """Run a script's main and exit: as it returns, 2 for bad input, 1 where the machine failed, 130 on Ctrl-C."""
     _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a notebook it is none
+            stream.reconfigure(errors="backslashreplace")  # a console may lack a character of a name, or of a sample
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in a background job
         signal.signal(signal.SIGINT, _leave)
     exit_code: Any = 1
@@ -98,9 +102,3 @@ def silence(number: int) -> None:
 def one_line(text: str) -> str:
     """The text with its line ends, and what would colour or clear a terminal, written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def print_any(text: str) -> None:
-    """Prints text that the terminal's encoding may not have, rather than fail on it."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))

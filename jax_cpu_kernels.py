@@ -53,6 +53,10 @@ def _register(library: Path) -> None:
     """Raises OSError, in one line, where the library cannot be used here."""
     try:
         functions = ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink(missing_ok=True)  # it may be torn: the next start makes it anew
+        raise
+    try:
         for name in FUNCTIONS:
             capsule = jax.ffi.pycapsule(getattr(functions, name))
             jax.ffi.register_ffi_target(f"nanogpt_jax.{name}", capsule, platform="cpu")

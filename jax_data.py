@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import queue
+import shlex
 import sys
 import threading
 import zlib
@@ -53,7 +54,7 @@ def find_data_dir(dataset: str | Path) -> Path:
 
 def _command_to_prepare(folder: Path) -> str:
     if (folder / "prepare.py").is_file():
-        return f"python {folder / 'prepare.py'}"
+        return f"python {shlex.quote(str(folder / 'prepare.py'))}"
     try:
         meta = load_meta(folder)
     except DataError:
@@ -62,7 +63,7 @@ def _command_to_prepare(folder: Path) -> str:
     script = Path("data/prepare_text.py")
     if not script.is_file():
         script = Path(__file__).resolve().parent / script
-    return f"python {script} --input=FILE --out={folder} --tokenizer={tokenizer}"
+    return f"python {shlex.quote(str(script))} --input=FILE --out={shlex.quote(str(folder))} --tokenizer={tokenizer}"
 
 
 def check_dataset(data_dir: str | Path, block_size: int, vocab_size: int) -> None:

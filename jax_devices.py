@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,15 @@ import jax_host_memory
 # For NVIDIA's GPUs. The first keeps apart the products that `jax_forms.attend` computes apart, the second leaves
 # products to cuBLAS: of those that XLA makes with Triton GPT-2's step takes none, and trying them out took a minute.
 GPU_FLAGS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": "false"}
+
+
+def described(devices: Sequence[jax.Device]) -> str:
+    """How many of which kind. What they compute depends on it up to rounding, and on a CPU on its cores, too."""
+    text = f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform != "cpu":
+        return text
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{text} ({cores} core{'s' * (cores != 1)})"
 
 
 def find_devices(device: str, deterministic: bool = False) -> list[jax.Device]:

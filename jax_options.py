@@ -5,6 +5,7 @@ line before anything is written, and what is decided for them is printed.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
     if not config.out_dir:
         raise ConfigError(f"out_dir is empty ({sources.get('out_dir', 'default')}); a run needs a directory")
     out_dir = Path(config.out_dir)
+    if "://" in config.out_dir:
+        raise ConfigError(f"{named('out_dir')} is no folder of this machine; mount it, and name where")
+    if re.search(r"\\|:(/|$)|[\ud800-\udfff]", str(out_dir.absolute())):  # what tensorstore cannot open
+        raise ConfigError(
+            f"{named('out_dir')}: checkpoints cannot lie below a folder whose name has a backslash, ends with a colon "
+            f"or is no UTF-8; take another"
+        )
     if out_dir.exists() and not out_dir.is_dir():
         raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
     if not (config.init_from == "resume" or config.eval_only or config.overwrite) and jax_run_dir.holds_run(out_dir):
@@ -112,7 +120,12 @@ def open_data(
     Raises DataError, and ConfigError if a run is to go on with another vocabulary than it began with, or if the data's
     is larger than that of the weights to start from.
     """
-    data_dir = jax_data.find_data_dir(config.dataset)
+    try:
+        data_dir = jax_data.find_data_dir(config.dataset)
+    except jax_data.DataError as error:
+        if meta is None:
+            raise
+        raise jax_data.DataError(f"{error}; or name where the run's data are now by --dataset=FOLDER") from None
     found: dict[str, Any] | None = jax_codec.load_meta(data_dir)
     if found is None:
         print(f"no meta.json in {data_dir}: its tokens are taken for GPT-2's, as nanoGPT does")

@@ -63,7 +63,7 @@ def find(env: Mapping[str, str]) -> Processes:
         index, count = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
         host, colon, port = env.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
         one_each = None
-    elif "RANK" in env and "WORLD_SIZE" in env:
+    elif env.get("RANK") and env.get("WORLD_SIZE"):
         index, count = "RANK", "WORLD_SIZE"
         host, colon, port = env.get("MASTER_ADDR", ""), ":", env.get("MASTER_PORT", "")
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and port.isdecimal():

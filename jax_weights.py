@@ -66,7 +66,7 @@ LAYOUT = (
     Row("lm_head.embedding", "lm_head.weight", "V D"),
 )
 HEAD = "lm_head.weight"  # files of a tied head have it or not; here it is wte itself
-PREFIX = re.compile(r"(_orig_mod\.)?(transformer\.)?")  # torch.compile's, and that of the model with a head
+PREFIX = re.compile(r"((_orig_mod|module)\.)*(transformer\.)?")  # torch.compile's, DDP's, that of the model with a head
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older files have beside the weights
 ALIASES = {  # transformers takes either name
     "num_hidden_layers": "n_layer",

@@ -78,7 +78,8 @@ def draw(runs: dict[str, Records], out: Path) -> None:
     # Two legends above the panels: whose curve it is, by colour; which loss it is, by form.
     forms = [loss.plot([], [], color="gray", **form)[0] for form in (thin, train, val)]
     form_names = ["loss of the iteration", "evaluation, train", "evaluation, val"]
-    figure.legend(whose, list(runs), loc="outside upper left", frameon=False)
+    for name in figure.legend(whose, list(runs), loc="outside upper left", frameon=False).get_texts():
+        name.set_parse_math(False)  # a $ is a $
     figure.legend(forms, form_names, loc="outside upper right", frameon=False)
 
     loss.set_ylabel("loss (nats per token)")

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the other imports, since it starts the scri
 
 
 import ast
-import io
 import math
 import sys
 import time
@@ -256,8 +255,6 @@ def main() -> None:
         return texts_so_far(clock.count(chunks), rows, codec, stops)
 
     clock = Clock(len(prompt_ids) * config.max_new_tokens, bar=not config.stream)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that the model writes
     if config.stream:
         for row, ids in enumerate(prompt_ids):
             shown = 0

@@ -25,6 +25,7 @@ try:
 
     import configurator
     import jax_checkpoint
+    import jax_console
     import jax_run_dir
     import jax_train_utils as utils
     from jax_transformer import (
@@ -342,4 +343,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    jax_console.run_script(main)

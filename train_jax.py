@@ -217,10 +217,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         print(f"using {layout.devices} of {len(devices)} devices, as {rows} rows spread evenly over them; idle: {idle}")
     mesh = utils.make_mesh(devices[: layout.devices])
     dtype = jax_devices.compute_dtype(config.dtype, devices[0])
-    where = f"{layout.devices} x {devices[0].device_kind}"
+    where = jax_devices.described(devices[: layout.devices])
     rows_each = f"{layout.micro_batches} x {layout.rows_per_device} rows on each per iteration"
     print(f"computing in {dtype} on {where}, {rows_each}")
-    if meta is not None and meta["devices"] not in (where, None):
+    if meta is not None and meta["devices"] not in (where, where.partition(" (")[0], None):  # at first without cores
         print(f"resuming on {where}, which was {meta['devices']}: losses will agree up to rounding, not bit for bit")
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -255,10 +255,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
-        if not config.eval_only:
-            # Where the newest checkpoint was damaged, best/ may be ahead of the one we go on from; it is not given up.
-            losses = [progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)]
-            progress.best_val_loss = min((loss for loss in losses if loss is not None), default=None)
 
     eval_batches = evaluation_batches(config, vocab_size, data_dir, mesh)
 
@@ -310,6 +306,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         )
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
+    if meta is not None and not config.eval_only:
+        # What is in best/ counts, whatever the checkpoint says: it may be ahead, where a newer checkpoint was damaged,
+        # or damaged itself, or gone; then the next evaluation is the best so far.
+        kept, progress.best_val_loss = progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)
+        if progress.best_val_loss is None and kept is not None:
+            log.say(f"{out_dir / 'best'} has no checkpoint that verifies: the next evaluation makes it anew")
     evaluate = utils.make_evaluate(
         model, mesh, state.params, eval_batches, config.eval_iters * config.batch_size, config.scan_layers
     )
@@ -328,10 +330,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         try:
             yield
         except jax_run_dir.SaveError as error:
-            saved_at, last_save_failed = None, True
+            steps, last_save_failed = jax_run_dir.sealed_steps(out_dir), True
+            saved_at = saved_at if saved_at in steps else None  # it may be best/ alone that failed
             # so that the next evaluation better than what best/ really holds is an improvement
             progress.best_val_loss, progress.evaluated_at = jax_run_dir.best_val_loss(out_dir), None
-            steps = jax_run_dir.sealed_steps(out_dir)
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
             jax_console.complain(f"error: {error}. {newest}")
 
@@ -436,6 +438,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             elif save_due and saved_at != step and not stopping:
                 report_in_flight()
                 save(is_best=False, last=last)
+                timed_since, timed_from = time.perf_counter(), step  # nor do saves
             if last or stopping:
                 break
 
@@ -464,7 +467,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         exit_code = EXIT_STOPPED if stopping and not finished else 0
         if last_save_failed:
             jax_console.complain(
-                "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+                "error: the last save failed. Put that right; --init_from=resume goes on from the newest checkpoint"
             )
             exit_code = EXIT_MACHINE_FAILED
     except (DivergenceError, jax_run_dir.NotFiniteError) as error:

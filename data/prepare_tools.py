@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import os
 import re
 import sys
@@ -36,6 +37,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script: exit 0 when done, 2 for bad input, 1 where the machine failed, 130 on Ctrl-C; one line each."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character of a folder's name
     try:
         main()
         code, line = 0, ""

@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +315,23 @@ def test_best_is_copied_before_the_step_that_promises_it_is_sealed(tmp_path, mon
     monkeypatch.setattr(jax_checkpoint, "write_manifest", note_and_write)
     save_steps(tmp_path, {3: True})
     assert sealed == ["best", "checkpoints"]
+
+
+def test_best_is_made_once_there_is_room_where_there_was_none_before_older_steps_went(tmp_path, monkeypatch):
+    copytree, attempts = shutil.copytree, []
+
+    def copy(step_dir: Path, *args: Any, **options: Any) -> None:
+        if isinstance(step_dir, Path):  # not copytree's own call for a folder in it
+            attempts.append(sorted(p.name for p in step_dir.parent.iterdir()))
+            if len(attempts[-1]) > 1:
+                raise OSError(28, "No space left on device")
+        copytree(step_dir, *args, **options)
+
+    save_steps(tmp_path, {1: True}, keep=1)
+    monkeypatch.setattr(jax_checkpoint.shutil, "copytree", copy)
+    save_steps(tmp_path, {2: True}, keep=1)
+    assert attempts == [["1", "2"], ["2"]]
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"] and find_fault(tmp_path / "best/2") is None
 
 
 def test_a_copy_that_a_kill_kept_from_becoming_best_becomes_it_if_its_step_exists(tmp_path):

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +142,26 @@ def test_damaged_meta_pkl_never_gives_anything_but_a_data_error(tmp_path, conten
 
 
 @pytest.mark.parametrize(
-    "meta", [None, [], {}, {"vocab_size": 1}, {**NANOGPT_META, "vocab_size": 2**70}, {**NANOGPT_META, "itos": {0: "a"}}]
+    "meta",
+    [None, [], {}, {"vocab_size": 1.0}, {**NANOGPT_META, "vocab_size": 2**70}, {**NANOGPT_META, "itos": {0: "a"}}],
 )
 def test_pickle_of_something_else_is_refused(tmp_path, meta):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(DataError, match=r"meta\.pkl"):
         load_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"vocab_size": 50}, {"tokenizer": "unknown", "vocab_size": 50, "dtype": "uint16"}),
+        ({"vocab_size": 2, "itos": ["a", "b"]}, {**CHAR_META}),
+        (OrderedDict(vocab_size=2, itos=OrderedDict([(1, "b"), (0, "a")])), {**CHAR_META}),
+    ],
+)
+def test_metas_that_nanogpts_trainer_takes_are_enough(tmp_path, meta, expected):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert load_meta(tmp_path) == {key: expected[key] for key in expected if not key.endswith("_tokens")}
 
 
 def test_pickle_that_asks_for_a_huge_memo_costs_nothing(tmp_path):

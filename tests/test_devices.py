@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_devices
 import jax_train_utils as utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +177,13 @@ def test_step_is_compiled_once_on_any_number_of_devices():
     # A step that returned its state placed otherwise than it took it would be compiled again.
     for run in eight_devices()["runs"].values():
         assert run["compilations"] == [1, 0, 0, 0, 0]
+
+
+def test_a_cpu_is_described_with_its_cores(monkeypatch):
+    cpu = jax.devices("cpu")[:1]
+    for cores, text in ((1, "1 x cpu (1 core)"), (8, "1 x cpu (8 cores)")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        assert jax_devices.described(cpu) == text
 
 
 def test_device_option_picks_one_or_all_of_a_kind():

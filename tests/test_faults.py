@@ -20,6 +20,7 @@ from tests import torture
 from tests.running import QUICKLY, leftovers, metrics, steps, wait_for_line
 
 ROOT = Path(__file__).resolve().parents[1]
+LOST_SAVE = "error: the last save failed. Put that right; --init_from=resume goes on from the newest checkpoint"
 OFTEN = ("tiny.py", "--save_interval=5", "--keep_checkpoints=3")
 
 
@@ -66,7 +67,10 @@ def test_full_disk_costs_no_iteration_and_no_line_once_it_is_freed_and_ends_with
         "error: metrics.jsonl cannot be written ([Errno 27] File too large); its lines wait in memory, the run goes on"
     )
     assert [line for line in complaints if line not in failed] == [full, full]
-    assert lost_save == "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint"
+    assert (
+        lost_save
+        == "error: the last save failed. Put that right; --init_from=resume goes on from the newest checkpoint"
+    )
     assert re.fullmatch(r"error: the last \d+ lines of metrics.jsonl could not be written", lost_lines)
     assert steps(workdir / "out")[0] == 100 and leftovers(workdir / "out") == []
 
@@ -95,7 +99,9 @@ def test_disk_that_fills_in_the_middle_of_a_save_keeps_the_step_before(run, work
     done = run("train_jax.py", *full, expect=1)
     errors = done.stderr.splitlines()
     assert "Traceback" not in done.stderr and "No space left on device" in done.stderr
-    assert "error: the last save failed. Make room; --init_from=resume goes on from the newest checkpoint" in errors
+    assert (
+        "error: the last save failed. Put that right; --init_from=resume goes on from the newest checkpoint" in errors
+    )
     kept = steps(small_disk / "out")
     assert kept == list(range(4, kept[-1] + 4, 4)) and 1 <= len(kept) < 10
     assert leftovers(small_disk / "out") == []
@@ -174,6 +180,33 @@ jax_console.run_script(train_jax.main)
     saves = [i for i, line in enumerate(lines) if line.startswith("saving checkpoint to ")]
     assert saves[0] < failed <= saves[1]
     assert steps(workdir / "out")[0] > 10 and leftovers(workdir / "out") == []
+
+
+def test_a_best_that_cannot_be_written_costs_no_checkpoint(quick, workdir, environment):
+    (workdir / "broken.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import jax_checkpoint, jax_console, train_jax
+def no_room(*args, **options):
+    raise OSError(28, "No space left on device")
+jax_checkpoint.shutil.copytree = no_room
+jax_console.run_script(train_jax.main)
+""")
+    done = subprocess.run(
+        [sys.executable, "broken.py", "tiny.py"], cwd=workdir, env=environment | QUICKLY, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    errors = done.stderr.splitlines()
+    for step in (10, 20):
+        assert any(f"out/best/{step} failed: OSError: [Errno 28]" in line for line in errors)
+    assert errors[-2].endswith("The newest checkpoint is that of step 20") and errors[-1] == LOST_SAVE
+    assert steps(workdir / "out") == [10, 20] and leftovers(workdir / "out") == []
+
+    # what best/ lacks is told, and the next evaluation is the best so far, whatever the checkpoint remembers
+    resumed = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=30", "--learning_rate=0",
+                    "--min_lr=0")  # fmt: skip
+    assert "out/best has no checkpoint that verifies: the next evaluation makes it anew" in resumed.stdout
+    assert jax_run_dir.find_checkpoint(workdir / "out", "best")[0].name == "30"
 
 
 # the seal of the step that is saved; its copy's last move, when the step is sealed

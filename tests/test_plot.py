@@ -48,6 +48,12 @@ def test_curves_of_two_runs_make_a_picture_and_a_table(tmp_path):
     assert path == "out-a/curves.png" and is_png(tmp_path / path)
 
 
+def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
+    fake_run(tmp_path / r"a$\frac$", 2, 1)
+    done = plot(r"a$\frac$", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and is_png(tmp_path / r"a$\frac$" / "curves.png")
+
+
 def test_a_run_of_evaluations_only_is_drawn_where_told(tmp_path):
     fake_run(tmp_path / "out", 0, 2)
     done = plot("out", "--out=picture.png", cwd=tmp_path)

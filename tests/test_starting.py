@@ -3,6 +3,7 @@
 python -m pytest tests/test_starting.py
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_a_full_console_is_one_line_and_changes_no_other_exit_code(workdir, envi
     done = shell('"$@" >/dev/full', workdir, environment, *command)
     assert done.returncode == code and done.stderr.splitlines()[-1].startswith(line)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_console_without_a_characters_code_shows_it_by_number(run, workdir):
+    shutil.copytree(workdir / "data" / "tiny", workdir / "dätä")
+    done = run("train_jax.py", "tiny.py", "--out_dir=日", "--dataset=dätä", "--max_iters=2", PYTHONIOENCODING="ascii")
+    assert "saving checkpoint to \\u65e5\n" in done.stdout and "(inside d\\xe4t\\xe4)" in done.stdout
+    assert [r["iter"] for r in metrics(workdir / "日") if "loss" in r] == [0, 1]
+    assert run("plot_jax.py", "日", PYTHONIOENCODING="ascii").stdout.endswith("\\u65e5/curves.png\n")
 
 
 def test_a_mistake_is_exit_2_where_nobody_can_be_told(workdir, environment):

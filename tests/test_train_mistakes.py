@@ -54,6 +54,13 @@ MISTAKES = {
         ["train.bin holds 15,000 tokens, but meta.json says 20,000", "--tokenizer=char"],
     ),
     "no out_dir": (["--out_dir="], lambda data: None, ["out_dir is empty (--out_dir=)"]),
+    "out_dir in a bucket": (
+        ["--out_dir=gs://b/r"],
+        lambda data: None,
+        ["out_dir=gs://b/r", "no folder of this machine"],
+    ),
+    "out_dir with a colon": (["--out_dir=a:/r"], lambda data: None, ["out_dir=a:/r", "ends with a colon"]),
+    "out_dir with a backslash": (["--out_dir=a\\b"], lambda data: None, ["out_dir=a\\b", "backslash"]),
     "out_dir is a file": (["--out_dir=tiny.py"], lambda data: None, ["out_dir=tiny.py", "is a file"]),
     "overwrite what is to be resumed": (
         ["--init_from=scratch", "--eval_only=True", "--overwrite=True"],
