@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -221,6 +222,25 @@ def test_what_keeps_the_library_from_being_made_is_a_note(tmp_path, monkeypatch,
     assert not kernels.loaded()  # and says it once
     (note,) = capsys.readouterr().out.splitlines()
     assert note.startswith("note: ") and told in note and note.endswith("(JAX_README.md, Installation)")
+
+
+def test_a_library_that_is_torn_is_told_and_made_anew_at_the_next_start(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import jax_cpu_kernels
+jax_cpu_kernels.load(lambda: Path(sys.argv[1]))
+print(jax_cpu_kernels.loaded())
+"""
+    said = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        said.append((done.stdout, done.stderr))
+        if len(said) == 1:
+            (library,) = tmp_path.iterdir()
+            os.truncate(library, 100)
+    assert said[0] == said[2] == ("True\n", "")
+    assert re.fullmatch(r"note: .*cpu_kernels-.*\.so.*\nFalse\n", said[1][0]) and said[1][1] == ""
 
 
 def test_a_run_compiles_the_library_once_and_the_next_one_finds_it(quick, workdir):

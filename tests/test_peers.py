@@ -171,7 +171,7 @@ def nanogpt_module():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 def test_nanogpts_checkpoint_gives_nanogpts_logits(tmp_path, bias, prefix):
     nanogpt = nanogpt_module()
     args = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 24, "bias": bias, "vocab_size": 65, "dropout": 0.2}

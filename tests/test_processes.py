@@ -262,6 +262,7 @@ PLAIN = {"JAX_COORDINATOR_ADDRESS": "a:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCE
         (PLAIN | TORCHRUN, Processes(0, 2, "a:99")),  # set by hand: that counts
         (TORCHRUN, Processes(1, 4, "10.0.0.1:29500")),
         (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, Processes()),
+        (TORCHRUN | {"WORLD_SIZE": "", "RANK": ""}, Processes()),
         (
             TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
             Processes(1, 4, "10.0.0.1:29501", 1),
