@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ class RunLog:
         self.first_iter = self.resume_step or 0
         self.records = 0  # iterations logged by this process
         self.seconds = 0.0  # per iteration, running mean
+        self.first_logged, self.last_logged, self.logged_at = 0, 0, 0.0  # iterations, and when the last one was
+        self.beside = 0.0  # seconds since the first one logged that were not training: evaluations, saves
         self.mfu: float | None = None  # percent, running mean
         self.bar: tqdm | None = None
         self.disk_is_full = self.console_is_gone = False
@@ -194,8 +197,14 @@ class RunLog:
             mfu = 100 * self.flops_per_iter / seconds_per_iter / self.peak
             self.mfu = mfu if self.mfu is None else 0.9 * self.mfu + 0.1 * mfu
         self.seconds = seconds_per_iter if self.records <= 2 else 0.9 * self.seconds + 0.1 * seconds_per_iter
-        # The first record's time is mostly compilation: it says nothing about the rest.
-        eta = "?" if self.records == 1 else _duration(self.seconds * (self.max_iters - iter - 1))
+        now = time.monotonic()
+        if self.records == 1:  # its time is mostly compilation: it says nothing about the rest
+            self.first_logged, eta = iter, "?"
+        else:
+            self.beside += max(now - self.logged_at - (iter - self.last_logged) * seconds_per_iter, 0)
+            beside_each = self.beside / (iter - self.first_logged)
+            eta = _duration((self.seconds + beside_each) * (self.max_iters - iter - 1))
+        self.last_logged, self.logged_at = iter, now
         tokens_per_s = self.tokens_per_iter / seconds_per_iter
         time_ms = 1000 * seconds_per_iter
 

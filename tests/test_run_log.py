@@ -83,6 +83,18 @@ def test_the_eta_forgets_the_first_record_which_holds_the_compilation(capsys):
     assert etas == ["?", "1m40s", "1m49s", "0s"]
 
 
+def test_the_eta_counts_what_evaluations_and_saves_took(capsys, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(jax_run_log.time, "monotonic", lambda: now)
+    log = make_log(None, max_iters=401)
+    for k in range(0, 201, 10):
+        log.iteration(k, 4.0, 1e-3, 1.0, 1.0)
+        now += 10 + 5 * (k % 20 == 10)  # iterations of 1 s, and after every twenty 5 s of something else
+    etas = [line.split("eta ")[1] for line in capsys.readouterr().out.splitlines()]
+    # 390 left, nothing else seen yet; 380 left and 5 s lost in 20; 200 left and 50 s lost in 200
+    assert (etas[1], etas[2], etas[20]) == ("6m30s", "7m55s", "4m10s")
+
+
 def test_lines_go_to_stdout_and_the_bar_only_to_a_terminal(capsys, monkeypatch):
     log = make_log(None)
     log.iteration(0, 4.0, 1e-3, 1.0, 0.01)
