@@ -416,6 +416,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             stopping = stop.agreed()
             if (last or step % config.eval_interval == 0) and progress.evaluated_at != step and not stopping:
                 report_in_flight()
+                paused_at = time.perf_counter()
                 train_loss, val_loss = compute(evaluate, state.params).result()
                 log.evaluation(step, train_loss, val_loss, lr_at(step))
                 if not math.isfinite(train_loss + val_loss):
@@ -434,11 +435,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                         with telling_of_a_failed_save():
                             saver.copy_to_best(step, {"best_val_loss": val_loss, "evaluated_at": step})
                 stopping = stop.agreed()  # an evaluation may take minutes
-                timed_since, timed_from = time.perf_counter(), step  # evaluations do not count as training time
+                timed_since += time.perf_counter() - paused_at  # evaluations do not count as training time
             elif save_due and saved_at != step and not stopping:
                 report_in_flight()
+                paused_at = time.perf_counter()
                 save(is_best=False, last=last)
-                timed_since, timed_from = time.perf_counter(), step  # nor do saves
+                timed_since += time.perf_counter() - paused_at  # nor do saves
             if last or stopping:
                 break
 
