@@ -18,7 +18,7 @@ import jax_console
 import jax_run_dir
 import jax_weights
 from configurator import ConfigError
-from jax_codec import END_OF_TEXT
+from jax_codec import END_OF_TEXT, TOKENIZERS
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def main() -> None:
     for name in sorted([*files, *jax_weights.HF_FILES]):
         print(f"  {name:22} {(folder / name).stat().st_size:>13,} bytes")
     if not is_gpt2:
-        print(f"  transformers has no tokenizer of kind {codec['tokenizer']!r}: meta.json says what the ids mean")
+        says = "meta.json" if codec["tokenizer"] in TOKENIZERS else "nothing"
+        print(f"  transformers has no tokenizer of kind {codec['tokenizer']!r}: {says} says what the ids mean")
     if model.vocab_size > codec["vocab_size"]:
         print(
             f"  {model.vocab_size} rows of embeddings, of which no token has the last "

@@ -210,6 +210,7 @@ class Saver:
     def __init__(self, out_dir: Path | None, keep: int):
         """out_dir None: nothing is saved, as in all processes but the first."""
         self._saving: tuple[int, Future] | None = None
+        self._sealed: int | None = None  # the step that is whole already, while best/ is made of it
         self.saves = out_dir is not None
         if out_dir is None:
             return
@@ -250,14 +251,14 @@ class Saver:
             items = {"params": _join_small(params, copy), "opt_state": _join_small(opt_state, copy)}
         except (RuntimeError, MemoryError) as error:  # XLA's own errors are RuntimeErrors
             raise SaveError(self.root / str(step), error) from error
-        meta = {"schema": SCHEMA, "step": step, **meta}
+        meta, self._sealed = {"schema": SCHEMA, "step": step, **meta}, None
         self._saving = step, self._thread.submit(self._save, step, items, meta, is_best)
 
     def copy_to_best(self, step: int, meta: dict[str, Any]) -> None:
         """Make best/ a copy of a step saved before, with what is known of it since then in the copy's meta."""
         self.wait()
         if self.saves:
-            step_dir = self.root / str(step)
+            step_dir, self._sealed = self.root / str(step), step
             self._saving = step, self._thread.submit(lambda: self._make_best(self._copy_for_best(step_dir, meta)))
 
     def _save(self, step: int, items: dict[str, tuple[dict, dict]], meta: dict[str, Any], is_best: bool) -> None:
@@ -274,8 +275,9 @@ class Saver:
         try:
             self._orbax.save(step_dir, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
             # If we are killed before the step is sealed (`write_manifest(step_dir)`), there is no such step. If after
-            # that, the copy for best/ is whole, and `_finish_best` renames it. It is not renamed earlier, since until
-            # the step is sealed, what is in best/ might be all that there is of the run.
+            # that, the copy for best/ is whole, and `_finish_best` renames it (or there was no room for it, and a
+            # resume makes it: `best_so_far`). It is not renamed earlier, since until the step is sealed, what is in
+            # best/ might be all that there is of the run.
             copy = None
             with contextlib.suppress(OSError):  # where there is no room for it, the step itself is as good
                 copy = self._copy_for_best(step_dir, {}) if is_best else None
@@ -283,6 +285,7 @@ class Saver:
                 with contextlib.suppress(OSError):  # a network disk that is full: weights matter more than their log
                     fsync(self.log)
             write_manifest(step_dir)
+            self._sealed = step
             if copy is not None:
                 self._make_best(copy)
         except BaseException:
@@ -340,8 +343,7 @@ class Saver:
             self._has_failed = True
             if isinstance(error, NotFiniteError) and jax.process_count() == 1:
                 raise error  # of several processes each will see it at the same step, in the loss
-            sealed = (self.root / str(step) / MANIFEST).exists()
-            raise SaveError((self.best if sealed else self.root) / str(step), error) from error
+            raise SaveError((self.best if self._sealed == step else self.root) / str(step), error) from error
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile; never waits."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
+TOKENIZERS = ("char", "gpt2", "bytes")
 END_OF_TEXT = "<|endoftext|>"  # between GPT-2's documents
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
@@ -147,7 +148,10 @@ def make_codec(meta: dict[str, Any] | None) -> Codec:
             lambda text: list(text.encode("utf-8", errors="surrogatepass")),
             lambda ids: bytes(_check_ids(ids, BYTES_VOCAB_SIZE)).decode("utf-8", errors="replace"),
         )
-    raise DataError(f"no codec for tokenizer {short_repr(tokenizer)}: char, gpt2 and bytes are known")
+    raise DataError(
+        f"no codec for tokenizer {short_repr(tokenizer)}: {', '.join(TOKENIZERS)} are known (a meta.pkl without itos "
+        f"does not say what its ids mean)"
+    )
 
 
 def _char_codec(itos: list[str]) -> Codec:

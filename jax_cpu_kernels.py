@@ -9,6 +9,7 @@ Float32 only. Dimension key: jax_transformer.py; here also X = 3 * D (queries, k
 a product, and P panels of C columns.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
@@ -53,8 +54,10 @@ def _register(library: Path) -> None:
     """Raises OSError, in one line, where the library cannot be used here."""
     try:
         functions = ctypes.CDLL(str(library))
-    except OSError:
-        library.unlink(missing_ok=True)  # it may be torn: the next start makes it anew
+    except OSError as error:
+        if "permi" not in str(error).lower():  # else it is a folder that no code may be in. Torn, it is made anew next
+            with contextlib.suppress(OSError):
+                library.unlink()
         raise
     try:
         for name in FUNCTIONS:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jax_codec import DataError, check_meta, load_meta
+from jax_codec import TOKENIZERS, DataError, check_meta, load_meta
 
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 STREAMS = {"train": 0, "val": 1, "train_eval": 2}  # one family of random numbers each, so none shifts another
@@ -59,7 +59,7 @@ def _command_to_prepare(folder: Path) -> str:
         meta = load_meta(folder)
     except DataError:
         meta = None
-    tokenizer = meta["tokenizer"] if meta else "gpt2"
+    tokenizer = meta["tokenizer"] if meta and meta["tokenizer"] in TOKENIZERS else "gpt2"
     script = Path("data/prepare_text.py")
     if not script.is_file():
         script = Path(__file__).resolve().parent / script

@@ -28,7 +28,7 @@ def described(devices: Sequence[jax.Device]) -> str:
     text = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform != "cpu":
         return text
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"{text} ({cores} core{'s' * (cores != 1)})"
 
 

@@ -130,7 +130,7 @@ def stream(
     sampling = Sampling(float(temperature), top_k, top_p, min_p, vocab_size)
     row_keys_B = _row_keys(key, first_row + np.arange(len(rows)))
     stops = [i for i in map(operator.index, stop_tokens) if 0 <= i < vocab_size]  # others are never drawn
-    return _run(params, config, rows, sampling, max_new_tokens, stops, row_keys_B, tokens_per_dispatch)
+    return _run(params, config, rows, sampling, max_new_tokens, stops, row_keys_B, tokens_per_dispatch, first_row)
 
 
 def check_options(
@@ -149,7 +149,7 @@ def check_options(
         raise ValueError(f"min_p={min_p} must be at least 0 and at most 1")
 
 
-def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B, tokens_per_dispatch):
+def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B, tokens_per_dispatch, first_row):
     """The loop of `stream`, on the host: one prefill, then chunks of tokens."""
     if max_new_tokens == 0:
         return
@@ -164,11 +164,9 @@ def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B
         for b, ids in enumerate(new_BC.tolist()):
             for i in ids:
                 if i == NOT_FINITE and not done[b]:
-                    so_far = len(rows[b]) + len(chunk[b])
-                    raise FloatingPointError(
-                        f"after {so_far} tokens of row {b} the logits are not finite: the weights are not sound, or "
-                        f"too large for {config.dtype}"
-                    )
+                    where = f"after {len(rows[b]) + len(chunk[b])} tokens of row {first_row + b}"
+                    why = f"the weights are not sound, or too large for {config.dtype}"
+                    raise FloatingPointError(f"{where} the logits are not finite: {why}")
                 done[b] = done[b] or i in stop_tokens
                 if not done[b]:
                     chunk[b].append(i)

@@ -43,10 +43,12 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
     out_dir = Path(config.out_dir)
     if "://" in config.out_dir:
         raise ConfigError(f"{named('out_dir')} is no folder of this machine; mount it, and name where")
-    if re.search(r"\\|:(/|$)|[\ud800-\udfff]", str(out_dir.absolute())):  # what tensorstore cannot open
+    really = [str(folder.resolve()) for folder in (out_dir, out_dir / "checkpoints")]
+    needs_checkpoints = config.init_from == "resume" or not config.eval_only
+    if needs_checkpoints and re.search(r"\\|gs:(/|\n)|[\ud800-\udfff]", "\n".join(really)):  # tensorstore takes others
         raise ConfigError(
-            f"{named('out_dir')}: checkpoints cannot lie below a folder whose name has a backslash, ends with a colon "
-            f"or is no UTF-8; take another"
+            f"{named('out_dir')}: checkpoints cannot lie below a folder whose name has a backslash, ends with gs: or "
+            f"is no UTF-8; take another"
         )
     if out_dir.exists() and not out_dir.is_dir():
         raise ConfigError(f"{named('out_dir')} is a file; a run needs a directory")
@@ -134,7 +136,8 @@ def open_data(
         print(f"found vocab_size = {found['vocab_size']} (inside {data_dir})")
     codec: dict[str, Any] = {key: found[key] for key in ("tokenizer", "vocab_size", "dtype", "itos") if key in found}
     if meta is not None:
-        if any(codec.get(key) != meta["codec"].get(key) for key in ("tokenizer", "vocab_size", "itos")):
+        keys = ("tokenizer", "vocab_size", "itos") if meta["codec"].get("tokenizer") != "unknown" else ("vocab_size",)
+        if any(codec.get(key) != meta["codec"].get(key) for key in keys):
             raise ConfigError(f"dataset={config.dataset} has another vocabulary than the run in {config.out_dir}")
         vocab_size = meta["model"]["vocab_size"]
     elif weights is not None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class NotFiniteError(Exception):
 
 
 class SaveError(Exception):
-    """The checkpoint of a step could not be written: the machine failed, not the user. Those before it are as good.
+    """The checkpoint of a step, or its copy in best/, could not be written: the machine failed, not the user. Those
+    before it are as good.
 
     It is here, not in jax_checkpoint.py, for the scripts to name it before they import orbax.
     """
@@ -77,7 +79,7 @@ class SaveError(Exception):
         if len(said) > 300:  # tensorstore names many paths, and the reason at the end
             said = f"{said[:100]} ... {said[-160:]}"
         super().__init__(f"saving checkpoint {step_dir} failed: {said}")
-        self.step = int(step_dir.name)
+        self.step, self.of_best = int(step_dir.name), step_dir.parent.name == "best"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,26 @@ def best_val_loss(out_dir: Path) -> float | None:
     """The validation loss of what best/ holds, if anything that verifies. Raises CheckpointError as `read_meta`."""
     best_dir = newest_good(out_dir / "best")[0]
     return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
+
+
+def best_so_far(
+    out_dir: Path, step: int, remembered: float | None, evaluations: Mapping[int, float]
+) -> tuple[float | None, bool]:
+    """The validation loss to beat for a run that goes on from `step`, and whether best/ should be this step and is not.
+
+    remembered: what the step's meta says is the lowest so far. evaluations: iteration -> validation loss, as logged.
+    What best/ holds may be ahead of that, where a newer checkpoint was damaged. Or it is damaged, gone or could not be
+    written; then it is what best/ still holds that has to be beaten. That of step 0 is remembered, and never saved.
+    Prints a line where best/ has lost a checkpoint. Raises CheckpointError as `read_meta`.
+    """
+    on_disk = best_val_loss(out_dir)
+    if remembered is None or (on_disk is not None and on_disk <= remembered):
+        return on_disk, False
+    evaluated_at = next((k for k, loss in evaluations.items() if loss == remembered), 0)
+    if evaluated_at in (0, step):
+        return remembered, evaluated_at == step > 0
+    print(f"{out_dir / 'best'} has lost the checkpoint of step {evaluated_at}: what it holds now is the one to beat")
+    return on_disk, False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

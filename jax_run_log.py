@@ -113,6 +113,12 @@ def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
+def validation_losses(path: Path) -> dict[int, float]:
+    """Iteration -> what its evaluation logged; of no log, nothing. Raises MetricsError as `read_metrics`."""
+    records = read_metrics(path) if path.exists() else []
+    return {record["iter"]: record["val/loss"] for record in records if "val/loss" in record}
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file as a whole: a kill or a full disk leaves the old one. Raises OSError."""
     tmp = path.with_name(path.name + ".tmp")

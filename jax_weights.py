@@ -226,7 +226,7 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"into a directory of weights with export_jax.py"
         )
     for alias, name in ALIASES.items():
-        if alias in options and options.setdefault(name, options[alias]) != options[alias]:
+        if options.get(alias) is not None and options.setdefault(name, options[alias]) != options[alias]:
             raise WeightsError(
                 f"{path}: {alias} is {short_repr(options[alias])}, and {name} {short_repr(options[name])}"
             )

@@ -255,6 +255,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         if (dtype == "float16") != (meta["model"]["dtype"] == "float16") and state.opt_state is not None:
             state = utils.TrainState(state.params, (state.opt_state[0], utils.initial_loss_scale(dtype)))
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+    lacks_best = False
+    if meta is not None and not config.eval_only:  # what is damaged is told before anything is written
+        remembered, logged = progress.best_val_loss, jax_run_log.validation_losses(out_dir / "metrics.jsonl")
+        progress.best_val_loss, lacks_best = jax_run_dir.best_so_far(out_dir, progress.step, remembered, logged)
 
     eval_batches = evaluation_batches(config, vocab_size, data_dir, mesh)
 
@@ -269,8 +273,6 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     # run directory, logs, checkpoints. Nothing on disk was touched before, and with eval_only nothing is
 
     wandb_run = None
-    if meta is not None and not config.eval_only and (out_dir / "metrics.jsonl").exists():
-        jax_run_log.read_metrics(out_dir / "metrics.jsonl")  # a damaged log is told before anything is written
     writes = processes.is_first and not config.eval_only
     if writes:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -306,12 +308,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         )
     saver = jax_checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints)
     jax_processes.ready(processes)
-    if meta is not None and not config.eval_only:
-        # What is in best/ counts, whatever the checkpoint says: it may be ahead, where a newer checkpoint was damaged,
-        # or damaged itself, or gone; then the next evaluation is the best so far.
-        kept, progress.best_val_loss = progress.best_val_loss, jax_run_dir.best_val_loss(out_dir)
-        if progress.best_val_loss is None and kept is not None:
-            log.say(f"{out_dir / 'best'} has no checkpoint that verifies: the next evaluation makes it anew")
+    if lacks_best:
+        saver.copy_to_best(progress.step, {})
     evaluate = utils.make_evaluate(
         model, mesh, state.params, eval_batches, config.eval_iters * config.batch_size, config.scan_layers
     )
@@ -330,10 +328,10 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         try:
             yield
         except jax_run_dir.SaveError as error:
-            steps, last_save_failed = jax_run_dir.sealed_steps(out_dir), True
-            saved_at = saved_at if saved_at in steps else None  # it may be best/ alone that failed
+            saved_at, last_save_failed = saved_at if error.of_best else None, True
             # so that the next evaluation better than what best/ really holds is an improvement
             progress.best_val_loss, progress.evaluated_at = jax_run_dir.best_val_loss(out_dir), None
+            steps = jax_run_dir.sealed_steps(out_dir)
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
             jax_console.complain(f"error: {error}. {newest}")
 

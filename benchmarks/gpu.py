@@ -64,7 +64,7 @@ def parts(nanogpt: Path | None) -> dict[str, tuple[str, list[str], dict[str, str
         for rows in (32, 64):
             table[f"both trainers, gpt2 x{rows}"] = ("trainers", [*TRAINERS, f"--batch_size={rows}"], {})
     table["gpt2 x32, deterministic"] = ("bench", [*GPT2, "--batch_size=32", "--deterministic=True"], {})
-    for name in ("cuBLASLt", "cuBLAS not tried out"):
+    for name in ("cuBLASLt", "cuBLAS not tried out"):  # the most promising of FLAGS, before the others below
         table[f"gpt2 x64, {name}"] = ("bench", [*GPT2, "--batch_size=64"], {"XLA_FLAGS": FLAGS[name]})
     table["gpt2 x32, dropout 0.1"] = ("bench", [*GPT2, "--batch_size=32", "--dropout=0.1"], {})
     table["gpt2 4 x 16"] = ("bench", [*GPT2, "--batch_size=16", "--gradient_accumulation_steps=4"], {})

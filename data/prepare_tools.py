@@ -125,7 +125,8 @@ def split_text(text: str, val_fraction: float) -> tuple[str, str]:
     cut = int(len(text) * (1 - val_fraction))
     around = text.find(END_OF_TEXT, max(0, cut - len(END_OF_TEXT) + 1), cut + len(END_OF_TEXT) - 1)
     if around >= 0:
-        cut = around + len(END_OF_TEXT)
+        after = around + len(END_OF_TEXT)
+        cut = after if after < len(text) else around
     return text[:cut], text[cut:]
 
 

@@ -334,6 +334,21 @@ def test_best_is_made_once_there_is_room_where_there_was_none_before_older_steps
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"] and find_fault(tmp_path / "best/2") is None
 
 
+def test_what_has_to_be_beaten_is_what_best_holds_or_an_evaluation_that_was_never_saved(tmp_path):
+    best_so_far = jax_run_dir.best_so_far
+    assert best_so_far(tmp_path, 10, 2.0, {0: 2.0, 10: 3.0}) == (2.0, False)  # of step 0 there is no checkpoint
+    assert best_so_far(tmp_path, 10, 2.0, {}) == (2.0, False)  # without a log nobody knows better
+    assert best_so_far(tmp_path, 10, 2.0, {0: 3.0, 10: 2.0}) == (2.0, True)
+    assert best_so_far(tmp_path, 20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (None, False)  # lost
+    saver = Saver(tmp_path, 2)
+    saver.save(10, tree(10), optimizer_state(10), ABOUT | {"best_val_loss": 2.0}, is_best=True)
+    saver.close()
+    assert best_so_far(tmp_path, 20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (2.0, False)
+    assert best_so_far(tmp_path, 5, 2.2, {0: 3.0, 5: 2.2}) == (2.0, False)  # ahead of a checkpoint gone back to
+    assert best_so_far(tmp_path, 20, 1.5, {0: 3.0, 10: 2.0, 20: 1.5}) == (1.5, True)
+    assert best_so_far(tmp_path, 30, 1.5, {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.6}) == (2.0, False)
+
+
 def test_a_copy_that_a_kill_kept_from_becoming_best_becomes_it_if_its_step_exists(tmp_path):
     save_steps(tmp_path, {3: True})
     for is_sealed in (True, False):

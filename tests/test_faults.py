@@ -6,6 +6,7 @@ python -m pytest tests/test_faults.py
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,11 +203,16 @@ jax_console.run_script(train_jax.main)
     assert errors[-2].endswith("The newest checkpoint is that of step 20") and errors[-1] == LOST_SAVE
     assert steps(workdir / "out") == [10, 20] and leftovers(workdir / "out") == []
 
-    # what best/ lacks is told, and the next evaluation is the best so far, whatever the checkpoint remembers
-    resumed = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--max_iters=30", "--learning_rate=0",
-                    "--min_lr=0")  # fmt: skip
-    assert "out/best has no checkpoint that verifies: the next evaluation makes it anew" in resumed.stdout
-    assert jax_run_dir.find_checkpoint(workdir / "out", "best")[0].name == "30"
+    def best_after(*args: str) -> str:
+        done = quick("train_jax.py", "--init_from=resume", "--out_dir=out", "--learning_rate=0", "--min_lr=0", *args)
+        lost = f"{Path('out/best')} has lost the checkpoint of step 20: what it holds now is the one to beat"
+        assert (lost in done.stdout) == ("--max_iters=40" in args)
+        return jax_run_dir.find_checkpoint(workdir / "out", "best")[0].name
+
+    assert best_after() == "20"  # which is made up for where the checkpoint is the one, also of a run that is finished
+    assert best_after("--max_iters=30") == "20"  # nothing is learned
+    shutil.rmtree(workdir / "out" / "best" / "20")
+    assert best_after("--max_iters=40") == "40"
 
 
 # the seal of the step that is saved; its copy's last move, when the step is sealed

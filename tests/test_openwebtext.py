@@ -115,11 +115,12 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_openwebtext_parts_of_other_settings_are_not_used(repo, tmp_path):
+@pytest.mark.parametrize("settings", ['{"seed": 1}', '{"se', "[]"])
+def test_openwebtext_parts_of_other_settings_are_not_used(repo, tmp_path, settings):
     folder, source = owt(repo), lay_shards(tmp_path / "source", 1)
     (folder / "parts").mkdir()
     (folder / "parts" / "00000.train").write_bytes(b"\x07\x07")
-    (folder / "parts" / "settings.json").write_text('{"seed": 1}')
+    (folder / "parts" / "settings.json").write_text(settings)
     output = prepare_well(repo, "openwebtext/prepare.py", f"--source={source}", "--num_proc=1", "--val_fraction=0.1")
     assert "0 of 1 shards are done already" in output
     assert np.fromfile(folder / "train.bin", np.uint16).size > 100

@@ -138,6 +138,9 @@ def test_no_end_of_text_is_cut_in_two(spaces):
     cut = int(len(text) * 0.4)
     end = 40 - spaces + len("<|endoftext|>")
     assert len(train) == (end if 40 - spaces < cut < end else cut)
+    at_its_end = text[:end]
+    train, val = split_text(at_its_end, 1 / end)  # the cut is in what the text ends with
+    assert train + val == at_its_end and val == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bytes"])

@@ -59,7 +59,7 @@ MISTAKES = {
         lambda data: None,
         ["out_dir=gs://b/r", "no folder of this machine"],
     ),
-    "out_dir with a colon": (["--out_dir=a:/r"], lambda data: None, ["out_dir=a:/r", "ends with a colon"]),
+    "out_dir with a colon": (["--out_dir=gs:/r"], lambda data: None, ["out_dir=gs:/r", "ends with gs:"]),
     "out_dir with a backslash": (["--out_dir=a\\b"], lambda data: None, ["out_dir=a\\b", "backslash"]),
     "out_dir is a file": (["--out_dir=tiny.py"], lambda data: None, ["out_dir=tiny.py", "is a file"]),
     "overwrite what is to be resumed": (

@@ -11,6 +11,7 @@ number of processes nor the order matters. nanoGPT's 9,035,582,198 training and 
 come from another random split; ours are close to them, not equal.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -163,13 +165,17 @@ def open_parts(settings: dict) -> None:
     """Keep what earlier runs with these settings finished of these shards; throw away all else."""
     PARTS.mkdir(exist_ok=True)
     file = PARTS / "settings.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before: Any = None
+    with contextlib.suppress(ValueError, FileNotFoundError):  # cut off as the power went: nothing is known then
+        before = json.loads(file.read_text())
+    before = before if isinstance(before, dict) else {}
     same = {**before, "shards": None} == {**settings, "shards": None}
     pairs = zip(before.get("shards", ()), settings["shards"], strict=False)
     kept = {f"{i:05d}" for i, (shard, now) in enumerate(pairs) if same and tuple(shard) == now}
-    for part in PARTS.iterdir():
+    # .train first: it is what says that a part is done.
+    for part in sorted(PARTS.iterdir(), key=lambda part: part.suffix != ".train"):
         if part != file and part.name.partition(".")[0] not in kept:
-            part.unlink()
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
     tmp = file.with_suffix(".tmp")
     tmp.write_text(json.dumps(settings))
     os.replace(tmp, file)
