@@ -58,12 +58,12 @@ class Outcome(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--iters", type=int, help="iterations of the run; 80 for each kill if not given")
+    parser.add_argument("--iters", type=int, help="iterations of the run; 100 for each kill if not given")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments")
     args = parser.parse_args()
     print(f"moments from --seed={args.seed}")
     with tempfile.TemporaryDirectory() as folder:
-        outcome = torture(Path(folder), args.kills, args.iters or 80 * args.kills, args.seed, dict(os.environ))
+        outcome = torture(Path(folder), args.kills, args.iters or 100 * args.kills, args.seed, dict(os.environ))
     print(
         f"\n{sum(outcome.kills.values())} kills ({', '.join(f'{n} in {when}' for when, n in outcome.kills.items())}), "
         f"{outcome.starts} starts, at most {max(outcome.lost, default=0)} iterations done again after a kill"
