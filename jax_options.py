@@ -43,6 +43,8 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
     out_dir = Path(config.out_dir)
     if "://" in config.out_dir:
         raise ConfigError(f"{named('out_dir')} is no folder of this machine; mount it, and name where")
+    if re.search(r"[\0\ud800-\udfff]", config.out_dir):
+        raise ConfigError(f"{named('out_dir')} is no name of a folder in UTF-8; take another")
     really = [str(folder.resolve()) for folder in (out_dir, out_dir / "checkpoints")]
     needs_checkpoints = config.init_from == "resume" or not config.eval_only
     if needs_checkpoints and re.search(r"\\|gs:(/|\n)|[\ud800-\udfff]", "\n".join(really)):  # tensorstore takes others

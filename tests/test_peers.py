@@ -107,10 +107,13 @@ def test_logits_and_loss_are_transformers_own_in_every_layout(tmp_path, layout):
     assert_agree(tmp_path, model.float(), ids_for(shape), 1e-5)
 
 
-def test_head_of_its_own_is_refused(tmp_path):
-    gpt2(SHAPES[0], tie_word_embeddings=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs from wte\.weight"):
-        load_weights(tmp_path)
+def test_head_of_its_own_goes_in_and_out(tmp_path):
+    model = gpt2(SHAPES[0], tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "theirs")
+    assert_agree(tmp_path / "theirs", model, ids_for(SHAPES[0]), 1e-5)
+    save_hf(*load_weights(tmp_path / "theirs"), tmp_path / "ours")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert_agree(tmp_path / "ours", again, ids_for(SHAPES[0]), 1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

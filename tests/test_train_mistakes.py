@@ -60,6 +60,16 @@ MISTAKES = {
         ["out_dir=gs://b/r", "no folder of this machine"],
     ),
     "out_dir with a colon": (["--out_dir=gs:/r"], lambda data: None, ["out_dir=gs:/r", "ends with gs:"]),
+    "out_dir of no text": (
+        ["nul.py"],
+        lambda data: (data.parents[1] / "nul.py").write_text("out_dir = 'a\\0b'"),
+        ["out_dir=a\\x00b (nul.py)", "no name of a folder"],
+    ),
+    "out_dir of half a character": (
+        ["half.py"],
+        lambda data: (data.parents[1] / "half.py").write_text("out_dir = 'a\\ud800'"),
+        ["out_dir=a\\ud800 (half.py)", "no name of a folder"],
+    ),
     "out_dir with a backslash": (["--out_dir=a\\b"], lambda data: None, ["out_dir=a\\b", "backslash"]),
     "out_dir is a file": (["--out_dir=tiny.py"], lambda data: None, ["out_dir=tiny.py", "is a file"]),
     "overwrite what is to be resumed": (
