@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jax_weights
+import jax_weight_names
 from jax_transformer import GPTConfig, Params, abstract_params, cross_entropy, forward
 from jax_weight_files import open_safetensors
 from jax_weights import load_weights, open_weights, save_hf
@@ -63,7 +63,7 @@ def random_params(config: GPTConfig, seed: int = 0, tied: bool = True) -> Params
 def test_layout_table_is_the_models_own_tree():
     for config in (GPTConfig(2, 2, 8, 12, 23, bias=True), GPTConfig(11, 3, 6, 5, 7), GPTConfig(1, 1, 4, 3, 2)):
         for tied in (True, False):
-            table = {e.ours: e.shape for e in jax_weights.entries(vars(config), config.bias, tied)}
+            table = {e.ours: e.shape for e in jax_weight_names.entries(vars(config), config.bias, tied)}
             found = jax.tree_util.tree_flatten_with_path(abstract_params(config, tied))[0]
             assert table == {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in found}
 
@@ -156,7 +156,7 @@ def test_orientation_follows_the_kind_of_file_for_every_matrix(tmp_path):
     # one entry of each matrix marked, off the diagonal: a transposition too many moves it, also where it is square
     config = GPTConfig(1, 1, 4, 3, 5)
     named = {e.theirs: np.zeros(e.shape[::-1] if e.linear else e.shape, np.float32)
-             for e in jax_weights.entries(vars(config), bias=False)}  # fmt: skip
+             for e in jax_weight_names.entries(vars(config), bias=False)}  # fmt: skip
     for array in named.values():
         array.flat[1] = 1  # [0, 1], in the file
     args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 3, "vocab_size": 5, "bias": False, "dropout": 0.5}
@@ -172,7 +172,7 @@ def test_orientation_follows_the_kind_of_file_for_every_matrix(tmp_path):
 def test_older_nanogpt_checkpoints_without_the_bias_option_have_biases_and_its_first_gelu(tmp_path):
     config = GPTConfig(1, 1, 4, 3, 5, bias=True, gelu="tanh")
     named = {e.theirs: np.ones(e.shape[::-1] if e.linear else e.shape, np.float32)
-             for e in jax_weights.entries(vars(config), bias=True)}  # fmt: skip
+             for e in jax_weight_names.entries(vars(config), bias=True)}  # fmt: skip
     args = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 3, "vocab_size": 5}
     write_torch(tmp_path / "ckpt.pt", {"model_args": args, "model": named})
     assert load_weights(tmp_path / "ckpt.pt")[1] == config
