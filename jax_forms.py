@@ -51,6 +51,15 @@ def gelu(x_RF: jax.Array, form: str) -> jax.Array:
     return kernels.gelu_erf(x_RF) if kernels and form == "erf" and in_reach else jax_ops.gelu(x_RF, form)
 
 
+def mlp(x_RD: jax.Array, c_fc: nnx.Linear, c_proj: Any, form: str) -> jax.Array:
+    """c_proj(gelu(c_fc(x))), (R, D) -> (R, D), GELU in one of its forms; c_proj's kernel is (D, F)."""
+    kernels = gpu_kernels(x_RD.dtype)
+    biases = c_fc.bias is not None or c_proj.bias is not None
+    if kernels and form == "erf" and not biases and kernels.fits_mlp(*x_RD.shape):
+        return kernels.mlp(x_RD, *(linear.kernel[...].astype(x_RD.dtype) for linear in (c_fc, c_proj)))
+    return c_proj(gelu(c_fc(x_RD), form))
+
+
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """jax_ops.cross_entropy: -log p(target) in nats, (B, T) float32, of logits (B, T, V).
 

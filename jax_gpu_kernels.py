@@ -21,10 +21,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+import jax_gpu_gelu
 import jax_gpu_pallas
 from jax_gpu_attention import attention as attention  # jax_forms finds all of them here
 from jax_gpu_attention import fits_attention as fits_attention
-from jax_gpu_pallas import LOG2_E, call, exp2, exp_over, product_and_sum, reciprocal, result
+from jax_gpu_mlp import fits_mlp as fits_mlp
+from jax_gpu_mlp import mlp as mlp
+from jax_gpu_pallas import LOG2_E, call, exp2, exp_over, product_and_sum, result
 
 # Numbers, rows and so on that a program works on at a time, as measured on an H200 (dev/LOG.md).
 TILE = 1024
@@ -145,31 +148,14 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 @jax.custom_vjp
 def gelu_erf(x: jax.Array) -> jax.Array:
     """jax_ops.gelu_erf: x * Phi(x), of any shape. Only x is kept for the gradient."""
-    return _by_element(lambda x: product_and_sum(-jnp.abs(x), _normal_tail(x)[0], jnp.maximum(x, 0)), x)
+    return _by_element(lambda x: jax_gpu_gelu.gelu(x, exp2, product_and_sum), x)
 
 
 def _gelu_erf_backward(x, dy):
-    def gradient(x, dy):
-        tail, density = _normal_tail(x)
-        return dy * product_and_sum(x, density, jnp.where(x < 0, tail, 1 - tail))
-
-    return (_by_element(gradient, x, dy),)
+    return (_by_element(lambda x, dy: dy * jax_gpu_gelu.gelu_slope(x, exp2, product_and_sum), x, dy),)
 
 
 gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
-
-
-def _normal_tail(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Phi(-|x|) to 1.3e-5, and the density at x.
-
-    Abramowitz & Stegun 1964, 7.1.25: erfc by one exponential, which is the density's, too, and a polynomial of 1 / x.
-    GELU is right to 2.6e-5 then: to the last of bfloat16's digits down to -2.5, and to 1 % at -4, where it is 1e-4.
-    """
-    t = reciprocal(product_and_sum(0.47047 * math.sqrt(0.5), jnp.abs(x), 1))
-    exponential = exp2(x * x * (-0.5 * LOG2_E))
-    polynomial = product_and_sum(t, product_and_sum(0.5 * 0.7478556, t, 0.5 * -0.0958798), 0.5 * 0.3480242)
-    tail = t * polynomial * exponential
-    return tail, exponential * (1 / math.sqrt(2 * math.pi))
 
 
 def _by_element(function, *arrays: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_forms import attend, gelu, layer_norm
+from jax_forms import attend, layer_norm, mlp
 from jax_forms import cross_entropy as cross_entropy  # `forward` and its loss come from one place
 from jax_ops import dropout
 
@@ -121,8 +121,8 @@ class MLP(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(self, x_RD: jax.Array, seed_2: jax.Array | None) -> jax.Array:
-        h_RF = gelu(self.c_fc(x_RD), self.gelu)
-        return dropout(self.c_proj(h_RF), self.dropout, seed_2)
+        y_RD = mlp(x_RD, self.c_fc, self.c_proj, self.gelu)  # c_proj(gelu(c_fc(x)))
+        return dropout(y_RD, self.dropout, seed_2)
 
 
 class Block(nnx.Module):

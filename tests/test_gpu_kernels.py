@@ -8,6 +8,10 @@ python -m pytest tests/test_gpu_kernels.py
 import contextlib
 import functools
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ import pytest
 import jax_forms
 import jax_gpu_attention
 import jax_gpu_kernels
+import jax_gpu_mlp
 import jax_gpu_pallas
 import jax_ops
 import jax_transformer
@@ -91,8 +96,8 @@ def test_gelu_and_its_slope_are_right_to_a_few_hundred_thousandths():
     x = jnp.concatenate([-jnp.logspace(-3, 5, 500), jnp.logspace(-3, 5, 500), jnp.zeros(1)])
     y, pull = jax.vjp(jax_gpu_kernels.gelu_erf, x)
     exact_y, exact_pull = jax.vjp(jax_ops.gelu_erf, x)
-    np.testing.assert_allclose(y, exact_y, rtol=1e-6, atol=3e-5)
-    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=3e-5)
+    np.testing.assert_allclose(y, exact_y, rtol=1e-6, atol=6e-6)
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=5e-5)
 
 
 @pytest.mark.parametrize(("rows", "by_kernel"), [(2**19, True), (2**20, False)])
@@ -100,6 +105,44 @@ def test_gelu_of_more_elements_than_a_kernel_counts_is_xlas(monkeypatch, rows, b
     monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: jax_gpu_kernels)
     traced = jax.make_jaxpr(lambda x: jax_forms.gelu(x, "erf"))(jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16))
     assert ("pallas_call" in str(traced)) == by_kernel
+
+
+def test_mlp_for_hopper_is_gelu_between_two_products():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NPROC": "16"}
+    command = [sys.executable, "-m", "tests.hopper_mlp"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("hopper", "bias", "form", "T", "by_kernel"),
+    [
+        (True, False, "erf", 64, True),
+        (False, False, "erf", 64, False),
+        (True, True, "erf", 64, False),
+        (True, False, "tanh", 64, False),
+        (True, False, "erf", 32, False),  # fewer rows than a tile has
+    ],
+)
+def test_mlp_is_hoppers_where_it_fits(monkeypatch, hopper, bias, form, T, by_kernel):
+    config = GPTConfig(
+        n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=65, bias=bias, gelu=form, dtype="bfloat16"
+    )
+    params, ids_BT = init_params(config, jax.random.key(0)), jnp.zeros((2, T), jnp.int32)
+    asked = []
+
+    def instead_of_mlp(x_RD, *weights_DF):
+        asked.append([weight_DF.shape for weight_DF in weights_DF])
+        return x_RD
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q_BTNH, *_, **__: q_BTNH)
+    monkeypatch.setattr(jax_gpu_kernels, "mlp", instead_of_mlp)
+    monkeypatch.setattr(jax_gpu_mlp, "is_hopper", lambda: hopper)
+    monkeypatch.setattr(jax_forms, "gpu_kernels", lambda dtype: jax_gpu_kernels)
+    jax.eval_shape(lambda params: forward(params, ids_BT, config), params)
+    assert asked == ([[(64, 256), (64, 256)]] if by_kernel else [])
 
 
 @pytest.mark.parametrize(
@@ -268,6 +311,7 @@ def test_a_model_of_these_kernels_learns_as_the_plain_one(monkeypatch, dropout, 
 @pytest.mark.skipif(ON_GPU, reason="the kernels themselves are run here")
 def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
     monkeypatch.setattr(jax_gpu_pallas, "INTERPRET", False)
+    monkeypatch.setattr(jax_gpu_mlp, "_cores", lambda: 132)
     with contextlib.suppress(ImportError):  # JAX 0.11 and later look for the GPU
         gpu_info = importlib.import_module("jax._src.pallas.triton.gpu_info")
         monkeypatch.setattr(gpu_info, "get_gpu_info", lambda: gpu_info._get_gpu_info_impl(gpu_info.GpuVersion.H200))
@@ -292,7 +336,8 @@ def test_every_kernel_is_lowered_for_a_gpu(monkeypatch):
         (jax_gpu_kernels.gelu_erf, [shape(3, 1001)], 2),
         (loss, [shape(64, 50304)], 1),
         (attend, [shape(2, 128, 2, 64)] * 3, 2),
+        (jax_gpu_mlp.mlp, [shape(2048, 768), shape(768, 3072), shape(768, 3072)], 2),
     ):
         traced = jax.jit(functools.partial(value_and_pull, function)).trace(*arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+        assert text.count("custom_call @__gpu$xla.gpu.triton") + text.count("custom_call @mosaic_gpu") == kernels
