@@ -86,7 +86,7 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
     """
     (R, K), F, dtype = a_RK.shape, b_KF.shape[1], a_RK.dtype
     columns, stages = (192, 4) if F % 192 == 0 else (128, 5)  # what fits in 227 KB of shared memory
-    across, steps = F // columns, K // STEP
+    across, steps, pieces = F // columns, K // STEP, columns // PIECE
     tiles = R // ROWS * across
     blocks = min(tiles, _cores())
 
@@ -126,6 +126,30 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
             def _(count):  # leaves no barrier half used
                 plgpu.barrier_wait(used.at[lax.rem(count, stages)])
 
+        def load_x(piece, rows, first):
+            buffer = piece % PIECES
+            of_piece, barrier = pl.ds(first + piece * PIECE, PIECE), x_arrived.at[warpgroup * PIECES + buffer]
+            plgpu.copy_gmem_to_smem(x_gmems[0].at[rows, of_piece], pieces_smem.at[warpgroup, buffer], barrier)
+
+        def finish_and_write(product, rows, first):
+            for piece in range(pieces):
+                numbers = [product[:, piece * PIECE : (piece + 1) * PIECE]]
+                buffers = [(piece * results + result) % PIECES for result in range(results)]
+                if x_gmems:  # in whose place comes the result
+                    plgpu.barrier_wait(x_arrived.at[warpgroup * PIECES + buffers[0]])
+                    numbers.append(pieces_smem[warpgroup, buffers[0]].astype(jnp.float32))
+                else:
+                    plgpu.wait_smem_to_gmem(PIECES - results, wait_read_only=True)
+                for buffer, finished in zip(buffers, finish(*numbers), strict=True):
+                    pieces_smem[warpgroup, buffer] = finished.astype(dtype)
+                plgpu.commit_smem()
+                of_piece = pl.ds(first + piece * PIECE, PIECE)
+                for buffer, result_gmem in zip(buffers, result_gmems, strict=True):
+                    plgpu.copy_smem_to_gmem(pieces_smem.at[warpgroup, buffer], result_gmem.at[rows, of_piece])
+                if x_gmems and 0 < piece <= pieces - PIECES:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before has left its buffer
+                    load_x(piece - 1 + PIECES, rows, first)
+
         @pl.when(warpgroup != LOADS)
         def _multiply_and_finish():
             plgpu.set_max_registers(232, action="increase")
@@ -134,16 +158,10 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
             def _(turn):
                 i = 2 * turn + warpgroup
                 rows, first = place(i)
-
-                def load_x(piece):
-                    barrier, buffer = x_arrived.at[warpgroup * PIECES + piece % PIECES], piece % PIECES
-                    of_piece = pl.ds(first + piece * PIECE, PIECE)
-                    plgpu.copy_gmem_to_smem(x_gmems[0].at[rows, of_piece], pieces_smem.at[warpgroup, buffer], barrier)
-
                 if x_gmems:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for piece in range(PIECES):
-                        load_x(piece)
+                        load_x(piece, rows, first)
 
                 @functools.partial(pl.run_scoped, sums=plgpu.ACC((ROWS, columns), jnp.float32))
                 def _(sums):
@@ -161,23 +179,7 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
 
                     product = sums[...]  # waits for the last step
                     plgpu.barrier_arrive(used.at[lax.rem(i * steps + steps - 1, stages)])
-                    for piece in range(columns // PIECE):
-                        numbers = [product[:, piece * PIECE : (piece + 1) * PIECE]]
-                        buffers = [(piece * results + result) % PIECES for result in range(results)]
-                        if x_gmems:
-                            plgpu.barrier_wait(x_arrived.at[warpgroup * PIECES + buffers[0]])
-                            numbers.append(pieces_smem[warpgroup, buffers[0]].astype(jnp.float32))
-                        else:
-                            plgpu.wait_smem_to_gmem(PIECES - results, wait_read_only=True)
-                        for buffer, finished in zip(buffers, finish(*numbers), strict=True):
-                            pieces_smem[warpgroup, buffer] = finished.astype(dtype)
-                        plgpu.commit_smem()
-                        of_piece = pl.ds(first + piece * PIECE, PIECE)
-                        for buffer, result_gmem in zip(buffers, result_gmems, strict=True):
-                            plgpu.copy_smem_to_gmem(pieces_smem.at[warpgroup, buffer], result_gmem.at[rows, of_piece])
-                        if x_gmems and 0 < piece <= columns // PIECE - PIECES:
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before has left its buffer
-                            load_x(piece - 1 + PIECES)
+                    finish_and_write(product, rows, first)
 
             plgpu.wait_smem_to_gmem(0)
 
