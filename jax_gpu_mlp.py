@@ -87,6 +87,7 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
     (R, K), F, dtype = a_RK.shape, b_KF.shape[1], a_RK.dtype
     columns, stages = (192, 4) if F % 192 == 0 else (128, 5)  # what fits in 227 KB of shared memory
     across, steps, pieces = F // columns, K // STEP, columns // PIECE
+    assert R % ROWS == K % STEP == F % columns == 0, f"({R}, {K}) @ ({K}, {F}) is not made of whole tiles"
     tiles = R // ROWS * across
     blocks = min(tiles, _cores())
 
@@ -138,8 +139,8 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
                 if x_gmems:  # in whose place comes the result
                     plgpu.barrier_wait(x_arrived.at[warpgroup * PIECES + buffers[0]])
                     numbers.append(pieces_smem[warpgroup, buffers[0]].astype(jnp.float32))
-                else:
-                    plgpu.wait_smem_to_gmem(PIECES - results, wait_read_only=True)
+                else:  # until these buffers have been written, at first all of the tile before
+                    plgpu.wait_smem_to_gmem(PIECES - results if piece else 0, wait_read_only=True)
                 for buffer, finished in zip(buffers, finish(*numbers), strict=True):
                     pieces_smem[warpgroup, buffer] = finished.astype(dtype)
                 plgpu.commit_smem()

@@ -97,7 +97,7 @@ def test_gelu_and_its_slope_are_right_to_a_few_hundred_thousandths():
     y, pull = jax.vjp(jax_gpu_kernels.gelu_erf, x)
     exact_y, exact_pull = jax.vjp(jax_ops.gelu_erf, x)
     np.testing.assert_allclose(y, exact_y, rtol=1e-6, atol=6e-6)
-    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=5e-5)
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], exact_pull(jnp.ones_like(x))[0], atol=4e-5)
 
 
 @pytest.mark.parametrize(("rows", "by_kernel"), [(2**19, True), (2**20, False)])
@@ -108,27 +108,30 @@ def test_gelu_of_more_elements_than_a_kernel_counts_is_xlas(monkeypatch, rows, b
 
 
 def test_mlp_for_hopper_is_gelu_between_two_products():
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NPROC": "16"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"NPROC": "16", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment |= {} if jax_gpu_mlp.is_hopper() else {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.hopper_mlp"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    ("hopper", "bias", "form", "T", "by_kernel"),
+    ("hopper", "bias", "form", "T", "D", "by_kernel"),
     [
-        (True, False, "erf", 64, True),
-        (False, False, "erf", 64, False),
-        (True, True, "erf", 64, False),
-        (True, False, "tanh", 64, False),
-        (True, False, "erf", 32, False),  # fewer rows than a tile has
+        (True, False, "erf", 64, 64, True),
+        (False, False, "erf", 64, 64, False),
+        (True, True, "erf", 64, 64, False),
+        (True, False, "tanh", 64, 64, False),
+        (True, False, "erf", 32, 64, False),  # fewer rows than a tile has
+        (True, False, "erf", 64, 96, False),
     ],
 )
-def test_mlp_is_hoppers_where_it_fits(monkeypatch, hopper, bias, form, T, by_kernel):
+def test_mlp_is_hoppers_where_it_fits(monkeypatch, hopper, bias, form, T, D, by_kernel):
     config = GPTConfig(
-        n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=65, bias=bias, gelu=form, dtype="bfloat16"
+        n_layer=1, n_head=2, n_embd=D, block_size=64, vocab_size=65, bias=bias, gelu=form, dtype="bfloat16"
     )
     params, ids_BT = init_params(config, jax.random.key(0)), jnp.zeros((2, T), jnp.int32)
     asked = []
