@@ -25,6 +25,7 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -42,6 +43,8 @@ import jax_run_log
 from configurator import AtLeast0, AtLeast1, ConfigError
 from jax_options import MODEL_SHAPE, note_what_means_nothing
 from train_jax import TrainConfig
+
+TRACES = Path("bench_log")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ def main() -> None:
         raise ConfigError(f"json={config.json}: there is no folder {Path(config.json).parent}; make it first")
     if config.json and Path(config.json).is_dir():
         raise ConfigError(f"json={config.json} is a folder: name the file")
+    if config.profile:
+        try:
+            TRACES.mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=TRACES).close()
+        except OSError as error:
+            raise ConfigError(f"profile=True writes to {TRACES.absolute()}, and cannot: {error.strerror}") from None
     data_dir, vocab_size = find_data(config, sources)
 
     import jax
@@ -295,9 +304,9 @@ def profile(function: Callable[[], None]) -> list[dict[str, Any]]:
     """The ten operations that took longest, summed over devices and threads, from a trace in bench_log/."""
     import jax
 
-    with jax.profiler.trace("bench_log"):
+    with jax.profiler.trace(TRACES):
         function()
-    newest = max(Path("bench_log").rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    newest = max(TRACES.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
     total: Counter[str] = Counter()
     for event in events:

@@ -122,7 +122,11 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, *where: An
         _note(f"compiled code cannot be kept in {folder}: {why}")
         return
     try:
-        for entry in folder.glob(f"{glob.escape(trouble[2])}-*-cache"):
+        entries = list(folder.glob(f"{glob.escape(trouble[2])}-*-cache"))
+        if not entries:  # it is the folder that is no good
+            _note(f"compiled code cannot be kept in {folder}: {why}")
+            return
+        for entry in entries:
             with entry.open("rb"):  # another user's is not ours to remove
                 entry.unlink(missing_ok=True)
         _note(f"compiled code in {folder} was damaged; what was kept of {trouble[2]} is compiled anew")

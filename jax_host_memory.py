@@ -1,5 +1,6 @@
 """How glibc hands out the memory that XLA computes in on a CPU: two settings, each worth up to a third of a step."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -15,10 +16,11 @@ def use_huge_pages() -> None:
     glibc = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if glibc and "glibc.malloc.hugetlb" not in tunables and _can_start_again():
-        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
+        asked = os.environ | {"GLIBC_TUNABLES": f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")}
         if sys.stdout is not None:
             sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # a Python that this user cannot start by its path: without large pages then
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], asked)
 
 
 def _can_start_again() -> bool:

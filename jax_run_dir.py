@@ -147,6 +147,9 @@ def find_checkpoint(out_dir: Path, which: str = "latest") -> tuple[Path, list[st
             reasons = "; ".join(skipped) or "there is none; train first, or give the --out_dir of a run"
             if which == "latest" and (best := newest_good(out_dir / "best")[0]) is not None:
                 reasons += f". {best} is whole, to evaluate and to sample from (--checkpoint=best)"
+            if which == "best" and not skipped and (latest := newest_good(out_dir / "checkpoints")[0]) is not None:
+                reasons = "there is none, as long as no evaluation is better than that of step 0, which is not saved. "
+                reasons += f"--checkpoint=latest is {latest}"
             raise CheckpointError(f"no checkpoint that verifies in {root}: {reasons}")
         return step_dir, skipped
     if not which.isdecimal():
@@ -205,23 +208,33 @@ def _check_types(path: Path, values: dict[str, Any], types: dict[str, tuple[type
             raise CheckpointError(f"{path} is not a checkpoint's: {key} is {shown}")
 
 
-def best_val_loss(out_dir: Path) -> float | None:
-    """The validation loss of what best/ holds, if anything that verifies. Raises CheckpointError as `read_meta`."""
+def best_val_loss(out_dir: Path, val: str) -> float | None:
+    """The validation loss of what best/ holds, if anything that verifies, and if it is of the validation data whose
+    outline is `val` (jax_data.outlines). Raises CheckpointError as `read_meta`."""
     best_dir = newest_good(out_dir / "best")[0]
-    return None if best_dir is None else read_meta(best_dir)["best_val_loss"]
+    meta = None if best_dir is None else read_meta(best_dir)
+    return meta["best_val_loss"] if meta is not None and _is_of(meta, val) else None
+
+
+def _is_of(meta: dict[str, Any], val: str) -> bool:
+    return meta["data"] is None or meta["data"].get("val.bin") == val
 
 
 def best_so_far(
-    out_dir: Path, step: int, remembered: float | None, evaluations: Mapping[int, float]
+    out_dir: Path, meta: dict[str, Any], evaluations: Mapping[int, float], val: str
 ) -> tuple[float | None, bool]:
-    """The validation loss to beat for a run that goes on from `step`, and whether best/ should be this step and is not.
+    """The validation loss to beat for a run that goes on from a step, and whether best/ should be this step and is not.
 
-    remembered: what the step's meta says is the lowest so far. evaluations: iteration -> validation loss, as logged.
-    What best/ holds may be ahead of that, where a newer checkpoint was damaged. Or it is damaged, gone or could not be
+    meta: the step's, which says what is the lowest so far. evaluations: iteration -> validation loss, as logged. val:
+    as in `best_val_loss`; where the validation data are others now, there is nothing to beat.
+    What best/ holds may be ahead of meta, where a newer checkpoint was damaged. Or it is damaged, gone or could not be
     written; then it is what best/ still holds that has to be beaten. That of step 0 is remembered, and never saved.
-    Prints a line where best/ has lost a checkpoint. Raises CheckpointError as `read_meta`.
+    Prints a line where best/ has lost a checkpoint, or the data are others. Raises CheckpointError as `read_meta`.
     """
-    on_disk = best_val_loss(out_dir)
+    step, remembered, on_disk = meta["step"], meta["best_val_loss"], best_val_loss(out_dir, val)
+    if remembered is not None and not _is_of(meta, val):
+        print(f"note: the validation data are others now, so best/ begins anew; the lowest loss was {remembered:.4f}")
+        return on_disk, False
     if remembered is None or (on_disk is not None and on_disk <= remembered):
         return on_disk, False
     evaluated_at = next((k for k, loss in evaluations.items() if loss == remembered), 0)

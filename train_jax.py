@@ -257,8 +257,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
     lacks_best = False
     if meta is not None and not config.eval_only:  # what is damaged is told before anything is written
-        remembered, logged = progress.best_val_loss, jax_run_log.validation_losses(out_dir / "metrics.jsonl")
-        progress.best_val_loss, lacks_best = jax_run_dir.best_so_far(out_dir, progress.step, remembered, logged)
+        logged = jax_run_log.validation_losses(out_dir / "metrics.jsonl")
+        progress.best_val_loss, lacks_best = jax_run_dir.best_so_far(out_dir, meta, logged, outlines["val.bin"])
 
     eval_batches = evaluation_batches(config, vocab_size, data_dir, mesh)
 
@@ -330,7 +330,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         except jax_run_dir.SaveError as error:
             saved_at, last_save_failed = saved_at if error.of_best else None, True
             # so that the next evaluation better than what best/ really holds is an improvement
-            progress.best_val_loss, progress.evaluated_at = jax_run_dir.best_val_loss(out_dir), None
+            progress.best_val_loss = jax_run_dir.best_val_loss(out_dir, outlines["val.bin"])
+            progress.evaluated_at = None
             steps = jax_run_dir.sealed_steps(out_dir)
             newest = f"The newest checkpoint is that of step {steps[0]}" if steps else "There is no checkpoint yet"
             jax_console.complain(f"error: {error}. {newest}")

@@ -74,9 +74,10 @@ def test_bench_makes_several_steps_in_one_dispatch(quick, workdir):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--n_head=3", "--burn=3", "--json=nowhere/bench.json", "--json=data", "--new_tokens=1"]
+    "flag", ["--n_head=3", "--burn=3", "--json=nowhere/bench.json", "--json=data", "--new_tokens=1", "--profile=True"]
 )
-def test_bench_mistake_is_one_line(run, flag):
+def test_bench_mistake_is_one_line(run, workdir, flag):
+    (workdir / "bench_log").write_text("where traces belong")
     assert flag[2:6] in the_error(run("bench_jax.py", "tiny.py", flag, expect=2))
 
 
@@ -137,6 +138,9 @@ def test_a_cache_folder_that_cannot_be_had_is_a_note_not_an_error(quick, workdir
     (workdir / "file").write_text("")
     nowhere = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(workdir / "file")}
     assert "note: no folder for compiled code" in quick("train_jax.py", "tiny.py", "--max_iters=1", **nowhere).stdout
+    nowhere = {"JAX_COMPILATION_CACHE_DIR": str(workdir / "file")}
+    done = quick("train_jax.py", "tiny.py", "--max_iters=1", "--overwrite=True", **nowhere)
+    assert re.fullmatch(r"(note: compiled code cannot be kept in .*/file: .*\n)+", done.stderr)
 
 
 def test_xlas_flags_are_set_before_the_devices_are_asked_for_and_those_of_the_user_win():

@@ -70,7 +70,7 @@ def test_meta_is_readable_without_orbax_and_names_its_step(out_dir):
         "step": 7,
         "best_val_loss": 3.5,
     }
-    assert jax_run_dir.best_val_loss(out_dir) == 1.5
+    assert jax_run_dir.best_val_loss(out_dir, val="of before schema 4") == 1.5
 
 
 shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
@@ -279,6 +279,11 @@ def test_nothing_that_verifies_is_an_error_that_says_why(out_dir, tmp_path):
         find_checkpoint(out_dir)
     shutil.rmtree(out_dir / "best")
     assert not jax_run_dir.holds_run(out_dir)
+    save_steps(tmp_path, {3: False})
+    with pytest.raises(
+        CheckpointError, match=r"no evaluation is better than .* --checkpoint=latest is .*checkpoints/3"
+    ):
+        find_checkpoint(tmp_path, "best")
     with pytest.raises(CheckpointError, match="there is none; train first"):
         find_checkpoint(tmp_path / "nowhere")
 
@@ -335,18 +340,24 @@ def test_best_is_made_once_there_is_room_where_there_was_none_before_older_steps
 
 
 def test_what_has_to_be_beaten_is_what_best_holds_or_an_evaluation_that_was_never_saved(tmp_path):
-    best_so_far = jax_run_dir.best_so_far
-    assert best_so_far(tmp_path, 10, 2.0, {0: 2.0, 10: 3.0}) == (2.0, False)  # of step 0 there is no checkpoint
-    assert best_so_far(tmp_path, 10, 2.0, {}) == (2.0, False)  # without a log nobody knows better
-    assert best_so_far(tmp_path, 10, 2.0, {0: 3.0, 10: 2.0}) == (2.0, True)
-    assert best_so_far(tmp_path, 20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (None, False)  # lost
+    def best_so_far(step, remembered, evaluations, val="old"):
+        meta = {"step": step, "best_val_loss": remembered, "data": {"val.bin": "old"}}
+        return jax_run_dir.best_so_far(tmp_path, meta, evaluations, val)
+
+    assert best_so_far(10, 2.0, {0: 2.0, 10: 3.0}) == (2.0, False)  # of step 0 there is no checkpoint
+    assert best_so_far(10, 2.0, {}) == (2.0, False)  # without a log nobody knows better
+    assert best_so_far(10, 2.0, {0: 3.0, 10: 2.0}) == (2.0, True)
+    assert best_so_far(20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (None, False)  # lost
     saver = Saver(tmp_path, 2)
-    saver.save(10, tree(10), optimizer_state(10), ABOUT | {"best_val_loss": 2.0}, is_best=True)
+    about = ABOUT | {"best_val_loss": 2.0, "data": {"val.bin": "old"}}
+    saver.save(10, tree(10), optimizer_state(10), about, is_best=True)
     saver.close()
-    assert best_so_far(tmp_path, 20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (2.0, False)
-    assert best_so_far(tmp_path, 5, 2.2, {0: 3.0, 5: 2.2}) == (2.0, False)  # ahead of a checkpoint gone back to
-    assert best_so_far(tmp_path, 20, 1.5, {0: 3.0, 10: 2.0, 20: 1.5}) == (1.5, True)
-    assert best_so_far(tmp_path, 30, 1.5, {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.6}) == (2.0, False)
+    assert best_so_far(20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}) == (2.0, False)
+    assert best_so_far(5, 2.2, {0: 3.0, 5: 2.2}) == (2.0, False)  # ahead of a checkpoint gone back to
+    assert best_so_far(20, 1.5, {0: 3.0, 10: 2.0, 20: 1.5}) == (1.5, True)
+    assert best_so_far(30, 1.5, {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.6}) == (2.0, False)
+    assert best_so_far(20, 2.0, {0: 3.0, 10: 2.0, 20: 2.5}, val="new") == (None, False)
+    assert best_so_far(20, None, {}, val="new") == (None, False)
 
 
 def test_a_copy_that_a_kill_kept_from_becoming_best_becomes_it_if_its_step_exists(tmp_path):

@@ -239,7 +239,7 @@ jax_console.run_script(train_jax.main)
     args = ("tiny.py",) if how_to_go_on == "scratch" else ("--init_from=resume", "--out_dir=out", "--max_iters=10")
     quick("train_jax.py", *args)
     assert steps(workdir / "out")[-1] == (20 if how_to_go_on == "scratch" else 10)
-    assert jax_run_dir.best_val_loss(workdir / "out") is not None and leftovers(workdir / "out") == []
+    assert jax_run_dir.newest_good(workdir / "out" / "best")[0] is not None and leftovers(workdir / "out") == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

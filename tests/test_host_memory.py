@@ -40,6 +40,9 @@ def test_scripts_start_again_once_with_large_pages_and_leave_a_users_choice_alon
     assert out == f"{pid} glibc.malloc.hugetlb=0 ['--a=b c']\n"
     pid, out = started(GLIBC_TUNABLES="glibc.malloc.check=0")
     assert large is None or out == f"{pid} glibc.malloc.check=0:{large} ['--a=b c']\n"
+    script.write_text("import sys\nsys.executable = '/nowhere/python'\n" + script.read_text())
+    pid, out = started()
+    assert out == f"{pid} None ['--a=b c']\n"  # as it is, where Python cannot be started again
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")

@@ -28,6 +28,11 @@ MISTAKES = {
         lambda data: None,
         ["n_embd=16 (tiny.py)", "n_head=3 (--n_head=3)"],
     ),
+    "an evaluation of everything": (
+        ["--eval_iters=2000000000"],
+        lambda data: None,
+        ["eval_iters=2000000000 (--eval_iters=2000000000)", "at once"],
+    ),
     "unknown start": (
         ["--init_from=nothing"],
         lambda data: None,

@@ -8,8 +8,10 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
+from jax_run_dir import find_checkpoint
 from tests.running import fingerprints, metrics, the_error
 
 
@@ -117,6 +119,20 @@ def test_resume_says_that_the_data_are_not_what_they_were(quick, workdir):
     assert (
         "note: data/tiny is not what it was, so the run will not go on as if" in quick(*resume, "--max_iters=6").stdout
     )
+
+
+def test_best_begins_anew_where_resume_has_other_validation_data(quick, workdir):
+    """Which are harder here, so that no loss comes below those of the first ones."""
+    quick("train_jax.py", "tiny.py", "--max_iters=4", "--eval_interval=2")
+    shutil.copytree(workdir / "data" / "tiny", workdir / "data" / "harder")
+    path = workdir / "data" / "harder" / "val.bin"
+    tokens = np.fromfile(path, np.uint16)
+    np.full_like(tokens, np.bincount(tokens).argmin()).tofile(path)  # the rarest letter alone
+    resume = ["train_jax.py", "--init_from=resume", "--out_dir=out", "--dataset=harder", "--eval_interval=2"]
+    done = quick(*resume, "--max_iters=6", "--always_save_checkpoint=False")
+    assert "note: the validation data are others now, so best/ begins anew" in done.stdout
+    best_dir, _ = find_checkpoint(workdir / "out", "best")
+    assert best_dir.name == "6"
 
 
 def test_resume_refuses_a_damaged_log_and_keeps_it(run, workdir, finished):
