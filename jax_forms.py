@@ -22,8 +22,8 @@ CUDNN_WIDTH = 128  # of a head, at most; from Hopper on it takes 256
 
 
 def gpu_kernels(dtype: jax.typing.DTypeLike) -> Any:
-    """The module jax_gpu_kernels, or None where its kernels do not run."""
-    return _gpu_kernels() if on_nvidia_gpu(dtype) else None
+    """The module jax_gpu_kernels, or None where its kernels do not run, or shall not: with GPU_KERNELS=none."""
+    return _gpu_kernels() if on_nvidia_gpu(dtype) and os.environ.get("GPU_KERNELS") != "none" else None
 
 
 @functools.cache

@@ -107,6 +107,13 @@ def test_gelu_of_more_elements_than_a_kernel_counts_is_xlas(monkeypatch, rows, b
     assert ("pallas_call" in str(traced)) == by_kernel
 
 
+def test_all_can_be_left_to_xla(monkeypatch):
+    monkeypatch.setattr(jax_forms, "on_nvidia_gpu", lambda dtype: True)
+    assert jax_forms.gpu_kernels("bfloat16") is jax_gpu_kernels
+    monkeypatch.setenv("GPU_KERNELS", "none")
+    assert jax_forms.gpu_kernels("bfloat16") is None
+
+
 def test_mlp_for_hopper_is_gelu_between_two_products():
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"NPROC": "16", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
