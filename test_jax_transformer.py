@@ -232,6 +232,9 @@ def test_checkpoint_comes_back_bit_for_bit():
 # --accelerator=True: what a GPU or TPU computes, against float32 on the CPU. Not named test_: pytest has no accelerator
 
 WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=512, bias=True)  # heads of 64, as GPT-2's
+UNBIASED = dataclasses.replace(
+    WIDE, n_head=6, n_embd=384, bias=False
+)  # whose MLP a Hopper GPU computes in another form
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -246,40 +249,42 @@ def logits_and_gradients(params: Params, ids_BT: jax.Array, config: GPTConfig):
     return logits_BTV, grads
 
 
-def computed_on(device: jax.Device, dtype: str) -> dict[str, np.ndarray]:
+def computed_on(device: jax.Device, config: GPTConfig) -> dict[str, np.ndarray]:
     """Logits and gradients of one model and batch, float64, by name."""
-    config = dataclasses.replace(WIDE, dtype=dtype)
-    ids_BT = np.random.default_rng(1).integers(0, WIDE.vocab_size, (4, WIDE.block_size + 1), dtype=np.int32)
+    ids_BT = np.random.default_rng(1).integers(0, config.vocab_size, (4, config.block_size + 1), dtype=np.int32)
     with full_precision():
         logits_BTV, grads = logits_and_gradients(*jax.device_put((random_params(config), ids_BT), device), config)
     leaves = jax.tree_util.tree_flatten_with_path({"logits": logits_BTV, "gradient": grads})[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x, np.float64) for path, x in leaves}
 
 
-def check_against_cpu(device: jax.Device, dtype: str, tolerance: float) -> None:
+def check_against_cpu(device: jax.Device, config: GPTConfig, dtype: str, tolerance: float) -> None:
     """All numbers of a tensor within `tolerance` of float32 on the CPU, as the length of the difference vector.
 
     In relation to the tensor's own length. The biases of the keys are left out: a softmax does not see them, so that
     their gradient is rounding alone.
     """
-    D, worst = WIDE.n_embd, (0.0, "")
-    seen, expected = computed_on(device, dtype), computed_on(jax.devices("cpu")[0], "float32")
+    D, worst = config.n_embd, (0.0, "")
+    seen = computed_on(device, dataclasses.replace(config, dtype=dtype))
+    expected = computed_on(jax.devices("cpu")[0], config)
     for name, wanted in expected.items():
         found = seen[name]
         if name.endswith("c_attn.bias"):
             found, wanted = (np.delete(x, slice(D, 2 * D)) for x in (found, wanted))
         assert np.isfinite(found).all(), f"{dtype}: {name} is not finite"
         worst = max(worst, (float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), name))
-    print(f"  {dtype} on {device.device_kind}: {worst[1]} is off the most, by {worst[0]:.1e} of its length")
+    biases = "biases" if config.bias else "no biases"
+    print(f"  {dtype}, {biases}, on {device.device_kind}: {worst[1]} is off the most, by {worst[0]:.1e} of its length")
     assert worst[0] <= tolerance, f"{dtype}: {worst[1]} is off by {worst[0]:.1e} of its length, more than {tolerance}"
 
 
 def accelerator_float32_is_the_cpus(device: jax.Device) -> None:
-    check_against_cpu(device, "float32", 1e-4)
+    check_against_cpu(device, WIDE, "float32", 1e-4)
 
 
 def accelerator_bfloat16_is_near_the_cpus_float32(device: jax.Device) -> None:
-    check_against_cpu(device, "bfloat16", 0.05)  # 8 bits of mantissa, through two layers and back
+    for config in (WIDE, UNBIASED):
+        check_against_cpu(device, config, "bfloat16", 0.05)  # 8 bits of mantissa, through two layers and back
 
 
 def accelerator_attention_does_not_look_ahead(device: jax.Device) -> None:

@@ -210,4 +210,4 @@ def test_accelerator_checks_pass_on_a_cpu_and_fail_where_the_arithmetic_is_coars
     for check in test_jax_transformer.ACCELERATOR_CHECKS:
         check(cpu)
     with pytest.raises(AssertionError, match=r"^bfloat16: gradient\S* is off by"):
-        test_jax_transformer.check_against_cpu(cpu, "bfloat16", 1e-4)
+        test_jax_transformer.check_against_cpu(cpu, test_jax_transformer.WIDE, "bfloat16", 1e-4)
