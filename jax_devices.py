@@ -118,11 +118,8 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, *where: An
         return
     folder = Path(str(jax.config.jax_compilation_cache_dir))  # type: ignore[attr-defined]
     why = " ".join(str(message)[trouble.end() :].split())[:200]
-    if trouble[1] == "writ":
-        _note(f"compiled code cannot be kept in {folder}: {why}")
-        return
     try:
-        entries = list(folder.glob(f"{glob.escape(trouble[2])}-*-cache"))
+        entries = list(folder.glob(f"{glob.escape(trouble[2])}-*-cache")) if trouble[1] == "read" else []
         if not entries:  # it is the folder that is no good
             _note(f"compiled code cannot be kept in {folder}: {why}")
             return

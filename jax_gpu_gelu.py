@@ -8,14 +8,8 @@ for the least largest error, absolute and relative (dev/LOG.md), and fall to zer
 import jax
 import jax.numpy as jnp
 
-LOG2_TAIL = (
-    -1.00005817,
-    -1.15017891,
-    -0.461917996,
-    -0.0497963205,
-    0.00623321859,
-    -0.000351222552,
-)  # of u**0, u**1, ...
+# The coefficients of u**0, u**1, ...
+LOG2_TAIL = (-1.00005817, -1.15017891, -0.461917996, -0.0497963205, 0.00623321859, -0.000351222552)
 SLOPE_BY_TAIL = (0.99997777, -0.79720747, -0.63935751, -0.10553962, 0.01844941, -0.00142673)
 
 

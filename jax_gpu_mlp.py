@@ -44,7 +44,10 @@ def _cores() -> int:
 
 @jax.custom_vjp
 def mlp(x_RD: jax.Array, c_fc_DF: jax.Array, c_proj_DF: jax.Array) -> jax.Array:
-    """gelu(x @ c_fc) @ c_proj.T, (R, D), where it `fits_mlp`."""
+    """gelu(x @ c_fc) @ c_proj.T, (R, D) in x's type, all of it in one 16-bit type. Its gradient has none itself.
+
+    Raises AssertionError unless R, D and F are made of whole tiles (`fits_mlp`, where F is 4 * D).
+    """
     (h_RF,) = _product(_activation, 1, x_RD, c_fc_DF)
     return h_RF @ c_proj_DF.T
 
@@ -62,19 +65,22 @@ def _mlp_backward(saved, dy_RD):
 
 mlp.defvjp(_mlp_forward, _mlp_backward)
 
-_here = {"exp2": jnp.exp2, "product_and_sum": lambda x, y, z: x * y + z}  # an instruction each, as Mosaic compiles them
+_arithmetic = {
+    "exp2": jnp.exp2,
+    "product_and_sum": lambda x, y, z: x * y + z,
+}  # an instruction each, as Mosaic compiles them
 
 
 def _activation(p):
-    return [gelu(p, **_here)]
+    return [gelu(p, **_arithmetic)]
 
 
 def _input_and_activation(p):
-    return [p, gelu(p, **_here)]
+    return [p, gelu(p, **_arithmetic)]
 
 
 def _input_gradient(dh, p):
-    return [dh * gelu_slope(p, **_here)]
+    return [dh * gelu_slope(p, **_arithmetic)]
 
 
 # A compiled function of its own, so that Mosaic, which takes two seconds, compiles it for one layer alone.
@@ -139,8 +145,8 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
                 if x_gmems:  # in whose place comes the result
                     plgpu.barrier_wait(x_arrived.at[warpgroup * PIECES + buffers[0]])
                     numbers.append(pieces_smem[warpgroup, buffers[0]].astype(jnp.float32))
-                else:  # until these buffers have been written, at first all of the tile before
-                    plgpu.wait_smem_to_gmem(PIECES - results if piece else 0, wait_read_only=True)
+                else:
+                    plgpu.wait_smem_to_gmem(PIECES - results, wait_read_only=True)  # until these buffers are free
                 for buffer, finished in zip(buffers, finish(*numbers), strict=True):
                     pieces_smem[warpgroup, buffer] = finished.astype(dtype)
                 plgpu.commit_smem()
@@ -159,8 +165,8 @@ def _product(finish, results: int, a_RK: jax.Array, b_KF: jax.Array, x_RF: jax.A
             def _(turn):
                 i = 2 * turn + warpgroup
                 rows, first = place(i)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left all buffers
                 if x_gmems:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for piece in range(PIECES):
                         load_x(piece, rows, first)
 

@@ -58,7 +58,6 @@ def ptx(instruction: str, meaning: Callable[..., jax.Array], *numbers: jax.typin
 
 
 exp2 = functools.partial(ptx, "ex2.approx.ftz", jnp.exp2)
-reciprocal = functools.partial(ptx, "rcp.approx.ftz", jnp.reciprocal)
 product_and_sum = functools.partial(ptx, "fma.rn", lambda x, y, z: x * y + z)
 
 

@@ -64,8 +64,10 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
         raise ConfigError(
             f"{named('out_dir')} has a config.json that is not a run's, and a run writes its own: take another"
         )
-    if config.eval_iters * config.batch_size * config.block_size >= 2**31:
-        raise ConfigError(f"{named('eval_iters')}: all rows of an evaluation are read at once, and these do not fit")
+    if config.eval_iters * config.batch_size * config.block_size >= 2**31:  # tokens, which would take 34 GB
+        raise ConfigError(
+            f"{named('eval_iters')} is too much: all rows of an evaluation are in memory at once; lower it"
+        )
     note_what_means_nothing(sources)
     if config.decay_lr and config.min_lr > config.learning_rate:
         print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")

@@ -213,10 +213,10 @@ def best_val_loss(out_dir: Path, val: str) -> float | None:
     outline is `val` (jax_data.outlines). Raises CheckpointError as `read_meta`."""
     best_dir = newest_good(out_dir / "best")[0]
     meta = None if best_dir is None else read_meta(best_dir)
-    return meta["best_val_loss"] if meta is not None and _is_of(meta, val) else None
+    return meta["best_val_loss"] if meta is not None and _evaluated_on(meta, val) else None
 
 
-def _is_of(meta: dict[str, Any], val: str) -> bool:
+def _evaluated_on(meta: dict[str, Any], val: str) -> bool:
     return meta["data"] is None or meta["data"].get("val.bin") == val
 
 
@@ -232,7 +232,7 @@ def best_so_far(
     Prints a line where best/ has lost a checkpoint, or the data are others. Raises CheckpointError as `read_meta`.
     """
     step, remembered, on_disk = meta["step"], meta["best_val_loss"], best_val_loss(out_dir, val)
-    if remembered is not None and not _is_of(meta, val):
+    if remembered is not None and not _evaluated_on(meta, val):
         print(f"note: the validation data are others now, so best/ begins anew; the lowest loss was {remembered:.4f}")
         return on_disk, False
     if remembered is None or (on_disk is not None and on_disk <= remembered):

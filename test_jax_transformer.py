@@ -232,9 +232,7 @@ def test_checkpoint_comes_back_bit_for_bit():
 # --accelerator=True: what a GPU or TPU computes, against float32 on the CPU. Not named test_: pytest has no accelerator
 
 WIDE = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=512, bias=True)  # heads of 64, as GPT-2's
-UNBIASED = dataclasses.replace(
-    WIDE, n_head=6, n_embd=384, bias=False
-)  # whose MLP a Hopper GPU computes in another form
+UNBIASED = dataclasses.replace(WIDE, n_head=6, n_embd=384, bias=False)  # on a Hopper GPU its MLP is kernels of our own
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -209,7 +209,6 @@ def test_exponentials_quotients_and_products_with_a_sum_are_one_instruction_each
     traced = str(jax.make_jaxpr(jax_gpu_pallas.exp_over)(jnp.ones((8, 8)), jnp.ones((8, 1))))
     for part in ("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", "ex2.approx.ftz.f32 $0, $1;"):
         assert part in traced
-    assert "rcp.approx.ftz.f32 $0, $1;" in str(jax.make_jaxpr(jax_gpu_pallas.reciprocal)(jnp.ones(8)))
     assert "asm" not in str(jax.make_jaxpr(jax_gpu_pallas.exp_over)(1.0, 2.0))  # Triton has no scalars there
 
 
