@@ -1,8 +1,9 @@
-"""On a CPU: attention, and products of a few rows with large weights, by code of our own in jax_cpu_kernels.cc.
+"""On a CPU: attention, GELU, and products of a few rows with large weights, by code of our own in jax_cpu_kernels.cc.
 
 XLA's products run at the speed of the processor, but for two things. Those of attention are small and do not gain from
 a second core, and between them the scores go through memory several times. And where a weight meets a few rows, as in
-generation, it is read at a third of the memory's speed. BENCHMARKS.md has what this gives.
+generation, it is read at a third of the memory's speed. Of GELU, XLA keeps three tensors for the gradient, the widest
+of a layer, where two would do. BENCHMARKS.md has what this gives.
 
 jax_cpu_library.py makes the library. Where that is not possible, XLA computes the same; `loaded` says which it is.
 Float32 only. Dimension key: jax_transformer.py; here also X = 3 * D (queries, keys, values), K inputs and M outputs of
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 
 import jax_cpu_library
 
-FUNCTIONS = ("causal_attention", "causal_attention_gradient", "product_with_panels")
+FUNCTIONS = ("causal_attention", "causal_attention_gradient", "gelu_erf", "gelu_tanh", "product_with_panels")
 PANEL_WIDTH = 32  # two of the widest vectors there are
 
 _library: Future[Path] | None = None  # what `load` has begun
@@ -109,6 +110,28 @@ def _attention_backward(B, n_head, saved, dy_RD):
 
 
 attention.defvjp(_attention_forward, _attention_backward)
+
+
+def fits_gelu(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `gelu` takes this type: float32."""
+    return jnp.dtype(dtype) == jnp.float32 and loaded()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, form: str) -> jax.Array:
+    """jax_ops.gelu of each element, form 'erf' or 'tanh'; its slope, made in the same pass, is kept for the gradient.
+
+    Raises AssertionError on other types.
+    """
+    return _gelu(x, form, 1)[0]
+
+
+def _gelu(x, form, results):
+    assert x.dtype == jnp.float32, f"x must be float32, not {x.dtype}"
+    return tuple(_call(f"gelu_{form}", [_float32(*x.shape)] * results, x))
+
+
+gelu.defvjp(lambda x, form: _gelu(x, form, 2), lambda form, slope, dy: (dy * slope,))
 
 
 def panels(kernel_KM: jax.Array) -> jax.Array:

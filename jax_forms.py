@@ -1,6 +1,6 @@
 """The functions of jax_ops.py that have a form of their own on some device, and which form is taken where.
 
-On an NVIDIA GPU they are kernels of our own (jax_gpu_kernels.py), or cuDNN's; on a CPU attention is ours
+On an NVIDIA GPU they are kernels of our own (jax_gpu_kernels.py), or cuDNN's; on a CPU attention and GELU are ours
 (jax_cpu_kernels.py); else they are what XLA makes of jax_ops.py. Dimension key: jax_transformer.py.
 """
 
@@ -47,8 +47,11 @@ def layer_norm(x_RD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None) ->
 def gelu(x_RF: jax.Array, form: str) -> jax.Array:
     """jax_ops.gelu of each element, (R, F) -> (R, F)."""
     kernels = gpu_kernels(x_RF.dtype)
-    in_reach = x_RF.size < 2**32  # of a kernel's 32-bit count of elements
-    return kernels.gelu_erf(x_RF) if kernels and form == "erf" and in_reach else jax_ops.gelu(x_RF, form)
+    if kernels and form == "erf" and x_RF.size < 2**32:  # as far as a kernel counts elements
+        return kernels.gelu_erf(x_RF)
+    if jax_cpu_kernels.fits_gelu(x_RF.dtype):
+        return jax_cpu_kernels.gelu(x_RF, form)
+    return jax_ops.gelu(x_RF, form)
 
 
 def mlp(x_RD: jax.Array, c_fc: nnx.Linear, c_proj: Any, form: str) -> jax.Array:

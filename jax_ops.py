@@ -158,11 +158,18 @@ def _scores_backward(saved, dscores_GTS):
 _scores.defvjp(lambda q_GTH, k_GTH: (_scores(q_GTH, k_GTH), (q_GTH, k_GTH)), _scores_backward)
 
 
-def _row_means(x_RD: jax.Array) -> jax.Array:
-    """Mean of each row, (R, 1). On a CPU as a matrix product, which runs on all cores; XLA's reduction runs on one."""
+def _row_means(x_RD: jax.Array, weights_D: jax.Array | None = None) -> jax.Array:
+    """Mean of each row, its elements times `weights_D`, (R, 1).
+
+    On a CPU as a matrix product, which runs on all cores; XLA's reduction runs on one.
+    """
     D = x_RD.shape[1]
+    weights_D = jnp.ones(D, x_RD.dtype) if weights_D is None else weights_D.astype(x_RD.dtype)
     means_R = jax.lax.platform_dependent(
-        x_RD, cpu=lambda x_RD: x_RD @ jnp.full(D, 1 / D, x_RD.dtype), default=lambda x_RD: x_RD.mean(axis=1)
+        x_RD,
+        weights_D,
+        cpu=lambda x_RD, weights_D: x_RD @ (weights_D / D),
+        default=lambda x_RD, weights_D: (x_RD * weights_D[None]).mean(axis=1),
     )
     return means_R[:, None]
 
@@ -193,9 +200,11 @@ def _layer_norm_backward(saved, dy_RD):
         """The normalised rows, and dy in the precision of the row's numbers."""
         return (x_RD.astype(rstd_R1.dtype) - mean_R1) * rstd_R1, dy_RD.astype(rstd_R1.dtype)
 
-    # Three passes over x and dy: the means of rows, dx, and the sums over all rows, which XLA joins to dx.
+    # Three passes over x and dy: the means of rows, dx, and the sums over all rows, which XLA joins to dx. On a CPU it
+    # makes dy * normal once, for its means and its sums. It must not need normal alone: that it would make in the
+    # forward pass, and keep.
     normal_RD, wide_dy_RD = wide(x_RD, dy_RD)
-    means = _row_means(wide_dy_RD * scale_D[None]), _row_means(wide_dy_RD * scale_D[None] * normal_RD)
+    means = _row_means(wide_dy_RD, scale_D), _row_means(wide_dy_RD * normal_RD, scale_D)
     x_RD, dy_RD, mean_R1_of_dnormal, mean_R1_of_product = _in_memory(x_RD, dy_RD, *means)
     normal_RD, wide_dy_RD = wide(x_RD, dy_RD)
     dx_RD = (wide_dy_RD * scale_D[None] - mean_R1_of_dnormal - normal_RD * mean_R1_of_product) * rstd_R1

@@ -455,6 +455,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 saver.prepare()
                 gc.collect()
                 gc.freeze()
+                jax_host_memory.give_back_freed_memory()
             in_flight = step, metrics
             progress.step += 1
             with telling_of_a_failed_save():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import jax_cpu_kernels as kernels
 import jax_cpu_library
+import jax_ops
 from jax_cache import decoding_weights
 from jax_generate import generate
 from jax_ops import dropout
@@ -122,6 +124,55 @@ def test_what_is_not_finite_comes_out_not_finite_so_that_divergence_is_seen(bad)
     assert np.isnan(dqkv_RX[10, :16]).all()
 
 
+def gelu_in_float64(x: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """GELU and its slope, by the book."""
+    x = x.astype(np.float64)
+    if form == "erf":
+        phi = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
+        return x * phi, phi + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    tanh, dz = np.tanh(math.sqrt(2 / np.pi) * (x + 0.044715 * x**3)), math.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * dz
+
+
+@given(
+    form=st.sampled_from(["erf", "tanh"]), count=st.integers(1, 20_000), scale=st.sampled_from([1e-3, 1.0, 4.0, 1e5]),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_gelu_and_its_slope_are_those_of_float64(form, count, scale, seed):
+    rng = np.random.default_rng(seed)
+    x, dy = (factor * rng.normal(size=count).astype(np.float32) for factor in (np.float32(scale), np.float32(1)))
+    y, pullback = jax.vjp(jax.jit(lambda x: kernels.gelu(x, form)), jnp.asarray(x))
+    expected_y, expected_slope = gelu_in_float64(x, form)
+    np.testing.assert_allclose(y, expected_y, rtol=5e-7, atol=5e-7)
+    np.testing.assert_allclose(pullback(jnp.asarray(dy))[0], dy * expected_slope, rtol=1e-6, atol=2e-6)
+    np.testing.assert_array_equal(jax.jit(kernels.gelu, static_argnums=1)(jnp.asarray(x), form), y)  # without slope
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+def test_gelu_of_what_is_not_finite_is_that_of_xla(form):
+    x = jnp.array([[jnp.nan, jnp.inf, -jnp.inf], [1e30, -1e30, 0.0]])
+    np.testing.assert_array_equal(kernels.gelu(x, form), jax_ops.gelu(x, form))
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+def test_a_step_keeps_sixteen_numbers_a_layer_for_each_of_a_tokens(form):
+    """Twice LayerNorm's input and output, queries, keys, values, attention's output, and GELU's output and slope."""
+    B, T = 12, 64
+
+    def temporary_bytes(n_layer: int) -> int:
+        config = dataclasses.replace(MODEL, n_layer=n_layer, n_head=4, gelu=form, bias=False)
+        loss = lambda params, ids_BT: cross_entropy(forward(params, ids_BT, config), ids_BT).mean()  # noqa: E731
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        compiled = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((B, T), jnp.int32)).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    kept = (temporary_bytes(6) - temporary_bytes(2)) / 4 / (B * T * MODEL.n_embd * 4)
+    assert 16 <= kept < 17
+
+
 @given(R=st.integers(1, 21), K=st.integers(1, 70), M=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_batch(R, K, M, seed):
@@ -144,6 +195,7 @@ def test_products_with_panels_are_those_of_float64_and_a_row_is_the_same_in_any_
         (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(2, jnp.uint32), 1, 1), "dropout_3 is uint32"),
         (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(3, jnp.uint32), 4, 1), "6 rows are not 4 times"),
         (lambda: kernels.attention(jnp.zeros((6, 48)), jnp.zeros(3, jnp.uint32), 1, 2), "48 columns are not 3 x 2"),
+        (lambda: kernels.gelu(jnp.zeros(6, jnp.bfloat16), "erf"), "must be float32"),
         (lambda: kernels.product(jnp.zeros((2, 8)), kernels.panels(jnp.zeros((9, 5))), 5), "x_RK has 8 columns"),
         (lambda: kernels.product(jnp.zeros((2, 9)), kernels.panels(jnp.zeros((9, 5))), 50), "1 panels of 32 columns"),
         (lambda: kernels.product(jnp.zeros((2, 9), int), kernels.panels(jnp.zeros((9, 5))), 5), "must be float32"),
@@ -169,7 +221,7 @@ def test_a_model_computes_the_same_with_and_without(folder, monkeypatch):
         config = dataclasses.replace(MODEL, dropout=0.1 if load else 0.0)
         loss = jax.value_and_grad(lambda p: cross_entropy(forward(p, ids_BT, config), ids_BT).mean())  # noqa: B023
         program = jax.jit(loss).lower(params)
-        assert ("nanogpt_jax.causal_attention" in program.as_text()) == load
+        assert all((f"nanogpt_jax.{name}" in program.as_text()) == load for name in ("causal_attention", "gelu_tanh"))
         kernel = decoding_weights(params, config)["head"]["kernel"]
         assert kernel.ndim == (3 if load else 2)
         new_ids = generate(params, config, prompts, max_new_tokens=70, temperature=0, key=jax.random.key(0))
