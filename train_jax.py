@@ -456,6 +456,8 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
                 gc.collect()
                 gc.freeze()
                 jax_host_memory.give_back_freed_memory()
+                if utils.temporary_bytes(train_step.result()) < 2**28:  # so little is as fast in small pages
+                    jax_host_memory.no_more_huge_pages()
             in_flight = step, metrics
             progress.step += 1
             with telling_of_a_failed_save():

@@ -16,6 +16,7 @@ import pytest
 import jax_host_memory
 
 ROOT = Path(__file__).resolve().parents[1]
+STATUS = Path("/proc/self/status")
 
 
 def test_scripts_start_again_once_with_large_pages_and_leave_a_users_choice_alone(tmp_path):
@@ -106,6 +107,17 @@ print(resident() - before)
         kept, afterwards = map(int, done.stdout.split())
         assert kept > 190e6
         assert (afterwards < 110e6) == (how == "compiled")
+
+
+@pytest.mark.skipif(not STATUS.exists() or "THP_enabled" not in STATUS.read_text(), reason="Linux tells it since 5.0")
+def test_after_its_first_step_a_small_model_is_given_no_more_large_pages(run, workdir):
+    (workdir / "sitecustomize.py").write_text(
+        "import atexit, pathlib, shutil\n"
+        "atexit.register(lambda: shutil.copy('/proc/self/status', pathlib.Path(__file__).with_name('status')))\n"
+    )
+    for iterations, allowed in ((0, 1), (2, 0)):
+        run("train_jax.py", "tiny.py", "--overwrite=True", f"--max_iters={iterations}", PYTHONPATH=str(workdir))
+        assert f"THP_enabled:\t{allowed}\n" in (workdir / "status").read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's allocator only")
