@@ -44,7 +44,7 @@ def loaded() -> bool:
         _register(_library.result())
     except OSError as error:
         _library = None
-        instead = "attention and generation take XLA's own code, which is slower (JAX_README.md, Installation)"
+        instead = "attention, GELU and generation take XLA's own code, which is slower (JAX_README.md, Installation)"
         print(f"note: {error}; {instead}")
         return False
     return True
@@ -68,8 +68,10 @@ def _register(library: Path) -> None:
         raise OSError(f"{library} cannot be used: {next(iter(str(error).splitlines()), error)}") from error
 
 
-def _call(name: str, results, *arrays: jax.Array):
-    return jax.ffi.ffi_call(f"nanogpt_jax.{name}", results, vmap_method="sequential")(*arrays)
+def _call(name: str, results, *arrays: jax.Array, overwritten: dict[int, int] | None = None):
+    """overwritten: the numbers of arguments whose memory results may take over, and which results."""
+    call = jax.ffi.ffi_call(f"nanogpt_jax.{name}", results, vmap_method="sequential", input_output_aliases=overwritten)
+    return call(*arrays)
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -121,17 +123,17 @@ def fits_gelu(dtype: jax.typing.DTypeLike) -> bool:
 def gelu(x: jax.Array, form: str) -> jax.Array:
     """jax_ops.gelu of each element, form 'erf' or 'tanh'; its slope, made in the same pass, is kept for the gradient.
 
-    Raises AssertionError on other types.
+    As `attention`, it can be differentiated once. Raises AssertionError on other types.
     """
-    return _gelu(x, form, 1)[0]
-
-
-def _gelu(x, form, results):
     assert x.dtype == jnp.float32, f"x must be float32, not {x.dtype}"
-    return tuple(_call(f"gelu_{form}", [_float32(*x.shape)] * results, x))
+    return _call(f"gelu_{form}", _float32(*x.shape), x, overwritten={0: 0})
 
 
-gelu.defvjp(lambda x, form: _gelu(x, form, 2), lambda form, slope, dy: (dy * slope,))
+def _gelu_forward(x, form):
+    return tuple(_call(f"gelu_{form}", [_float32(*x.shape)] * 2, x))
+
+
+gelu.defvjp(_gelu_forward, lambda form, slope, dy: (dy * slope,))
 
 
 def panels(kernel_KM: jax.Array) -> jax.Array:

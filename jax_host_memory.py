@@ -26,8 +26,8 @@ def use_huge_pages() -> None:
 def no_more_huge_pages() -> None:
     """Have Linux make no more large pages for this process; those that are there stay. Elsewhere, nothing.
 
-    Else it makes one, in the background, of any 2 MB in which a single small page is in use, and so fills what a process
-    has freed and keeps: 60 MB in the first two minutes of a small model.
+    Else it makes one, in the background, of any 2 MB in which a single small page is in use, and so fills what a
+    process has freed and keeps: 60 MB in the first two minutes of a small model.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
