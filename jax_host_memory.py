@@ -23,11 +23,11 @@ def use_huge_pages() -> None:
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], asked)
 
 
-def no_more_huge_pages() -> None:
-    """Have Linux make no more large pages for this process; those that are there stay. Elsewhere, nothing.
+def no_huge_pages() -> None:
+    """Have Linux make no large pages for this process, for a small model, which is as fast without. Elsewhere, nothing.
 
-    Else it makes one, in the background, of any 2 MB in which a single small page is in use, and so fills what a
-    process has freed and keeps: 60 MB in the first two minutes of a small model.
+    Where they are asked for, it makes one, in the background, of any 2 MB in which a single small page is in use, so it
+    fills what a process has freed and keeps: 60 MB in two minutes.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE

@@ -361,12 +361,6 @@ def compile_ahead(jitted: Any, *arguments: Any) -> Future:
     return compiling
 
 
-def temporary_bytes(compiled: Any) -> int:
-    """What a compiled function needs on a device beside its arguments and results; 0 where XLA does not say."""
-    memory = compiled.memory_analysis()
-    return 0 if memory is None else memory.temp_size_in_bytes
-
-
 def eval_losses(
     params: Params, x_ABT: jax.Array, y_ABT: jax.Array, *, config: GPTConfig, scan_layers: bool = False
 ) -> jax.Array:

@@ -191,6 +191,11 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     kind = config.device.partition(":")[0]
     if kind in ("cpu", "mps") or (kind == "auto" and shutil.which("nvidia-smi") is None):
         jax_host_memory.keep_freed_memory()
+        # Numbers: weights, their gradient, two averages; and what a step keeps of its tokens.
+        numbers = 4 * config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+        numbers += 16 * config.n_layer * config.n_embd * config.batch_size * config.block_size
+        if numbers < 2**26:  # 256 MB
+            jax_host_memory.no_huge_pages()
         jax_cpu_library.begin(jax_cpu_library.cache_folder)  # by a compiler that has a core to itself until JAX is here
 
     import jax
@@ -451,13 +456,12 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             computing = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.int32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             state, metrics = computing.result()
-            if step == first_step:  # what imports and compilers left stays: no later collection needs to walk over it
+            if step == first_step:
                 saver.prepare()
+                # What imports and compilers left stays, so that no later collection walks over it; the rest goes back.
                 gc.collect()
                 gc.freeze()
                 jax_host_memory.give_back_freed_memory()
-                if utils.temporary_bytes(train_step.result()) < 2**28:  # so little is as fast in small pages
-                    jax_host_memory.no_more_huge_pages()
             in_flight = step, metrics
             progress.step += 1
             with telling_of_a_failed_save():

@@ -25,7 +25,6 @@ import jax_ops
 from jax_cache import decoding_weights
 from jax_generate import generate
 from jax_ops import dropout
-from jax_train_utils import temporary_bytes
 from jax_transformer import GPTConfig, cross_entropy, forward, init_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +153,12 @@ def test_gelu_and_its_slope_are_those_of_float64(form, count, scale, seed):
 def test_gelu_of_what_is_not_finite_is_that_of_xla(form):
     x = jnp.array([[jnp.nan, jnp.inf, -jnp.inf], [1e30, -1e30, 0.0]])
     np.testing.assert_array_equal(kernels.gelu(x, form), jax_ops.gelu(x, form))
+
+
+def temporary_bytes(compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("form", ["erf", "tanh"])
