@@ -8,7 +8,8 @@
     python sample_jax.py --init_from=my-gpt2 --start="ROMEO:"
     python sample_jax.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5 --max_new_tokens=100
 
-Each sample is printed as its prompt and what follows, then a line of dashes. Remarks go to stderr.
+After the options that were given, each sample is printed as its prompt and what follows, then a line of dashes. Remarks
+go to stderr.
 """
 
 if __name__ == "__main__":  # before the other imports, since it starts the script again

@@ -1,4 +1,4 @@
-# The loss of OpenAI's gpt2-medium (355M parameters) on OpenWebText, to hold one's own runs against.
+# The loss of OpenAI's gpt2-medium (350M parameters) on OpenWebText, to hold one's own runs against.
 #     python train_jax.py config/eval_gpt2_medium.py
 # nanoGPT reports 2.85 (train) and 2.84 (validation). The shape comes with the weights.
 

@@ -6,7 +6,7 @@
 out_dir = "out-stdlib-char"
 dataset = "stdlib_char"
 
-# 0.8M parameters and 768 characters an update: two CPU cores do twenty or thirty of these a second.
+# 0.8M parameters and 768 characters an update: two CPU cores do thirty to sixty of these a second.
 n_layer = 4
 n_head = 4
 n_embd = 128
