@@ -132,7 +132,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # the training step: compiled, run for the first time, warmed up, timed
 
-    scalars = np.float32(config.learning_rate), np.int32(0)
+    scalars = np.float32(config.learning_rate), np.uint32(0)
     train_step = utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers)
     at_once = config.steps_per_dispatch
     batches = jax_data.prefetch(device_rows, 0, ahead=2 * at_once)

@@ -170,7 +170,7 @@ def _run(params, config, rows, sampling, max_new_tokens, stop_tokens, row_keys_B
                 done[b] = done[b] or i in stop_tokens
                 if not done[b]:
                     chunk[b].append(i)
-            rows[b] = rows[b] + chunk[b]
+            rows[b].extend(chunk[b])
         return chunk
 
     W = config.block_size

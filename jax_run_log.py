@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,47 +81,65 @@ class MetricsError(ValueError):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A kill can tear the last line: it is left out. Another bad line is an error."""
-    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode())
-            if not isinstance(record, dict) or type(record.get("iter")) is not int:
-                raise ValueError('not an object with an integer "iter"')
-            if any(value is not None and type(value) not in (int, float) for value in record.values()):
-                raise ValueError("a value that is not a number")
-        except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors too
-            if number == len(lines):
-                break
-            raise MetricsError(f"{path}, line {number}: {error}; remove that line to go on") from None
-        records.append(record)
-    return records
+    return [record for _, record in _lines(path)]
 
 
-def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrite metrics.jsonl to what had happened when `step` updates were done, and return those records.
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines and their records, one at a time: the log of a long run has a hundred megabytes."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line.decode())
+                if not isinstance(record, dict) or type(record.get("iter")) is not int:
+                    raise ValueError('not an object with an integer "iter"')
+                if any(value is not None and type(value) not in (int, float) for value in record.values()):
+                    raise ValueError("a value that is not a number")
+            except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors too
+                if not file.read().strip(b"\n"):
+                    return
+                raise MetricsError(f"{path}, line {number}: {error}; remove that line to go on") from None
+            yield line, record
+
+
+def trim_metrics(path: Path, step: int) -> int | None:
+    """Cut metrics.jsonl back to what had happened when `step` updates were done: the newest evaluation's iteration.
 
     Iteration `step` has yet to run, so its record goes; an evaluation at `step` came before the checkpoint and stays.
     """
     if not path.exists():
-        return []
-    kept = {}  # by kind and iteration: each once
-    for record in read_metrics(path):
-        is_evaluation = "val/loss" in record
-        if record["iter"] < step or (is_evaluation and record["iter"] == step):
-            kept[is_evaluation, record["iter"]] = record
-    replace_file(path, "".join(_json_line(record) for record in kept.values()))
-    return list(kept.values())
+        return None
+    size, newest_evaluation, before, in_order = 0, None, (-1, False), True
+    for line, record in _lines(path):
+        at = _when(record)
+        in_order &= before < at and line.endswith(b"\n")
+        before = at
+        if at < (step, True):
+            size += len(line)
+            newest_evaluation = newest_evaluation if at[1] else record["iter"]
+    if in_order:  # what stays is where it is, so that a full disk is no hindrance
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    else:  # edited by hand, or torn at the last line's end: each record once
+        kept = {at: line.rstrip(b"\n") + b"\n" for line, record in _lines(path) if (at := _when(record)) < (step, True)}
+        replace_file(path, b"".join(kept.values()).decode())
+    return newest_evaluation
+
+
+def _when(record: dict[str, Any]) -> tuple[int, bool]:
+    """Orders records as they came: an evaluation before the iteration of its number."""
+    return record["iter"], "val/loss" not in record
 
 
 def validation_losses(path: Path) -> dict[int, float]:
     """Iteration -> what its evaluation logged; of no log, nothing. Raises MetricsError as `read_metrics`."""
-    records = read_metrics(path) if path.exists() else []
-    return {record["iter"]: record["val/loss"] for record in records if "val/loss" in record}
+    if not path.exists():
+        return {}
+    return {record["iter"]: record["val/loss"] for _, record in _lines(path) if "val/loss" in record}
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole: a kill or a full disk leaves the old one. Raises OSError."""
+    """Write a file as a whole: a kill or a full disk leaves the old one. Raises OSError, which names the file."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "w", encoding="utf-8") as file:
@@ -128,9 +147,9 @@ def replace_file(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         tmp.replace(path)
-    except OSError:
+    except OSError as error:
         tmp.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     fsync(path.parent)
 
 
@@ -171,11 +190,11 @@ class RunLog:
             self.say(f"wandb: has this run up to iteration {self.wandb_step - 1} already and goes on from there")
         self.last_evaluation: int | None = None  # the newest on file: a resumed run need not repeat it
         self.file: BinaryIO | None = None
-        self.unwritten = b""  # lines that metrics.jsonl could not take yet
+        self.unwritten = bytearray()  # lines that metrics.jsonl could not take yet
         if self.out_dir is not None:
             path = self.out_dir / "metrics.jsonl"
-            kept = [] if self.resume_step is None else trim_metrics(path, self.resume_step)
-            self.last_evaluation = max((r["iter"] for r in kept if "val/loss" in r), default=None)
+            if self.resume_step is not None:
+                self.last_evaluation = trim_metrics(path, self.resume_step)
             self.file = open(path, "wb" if self.resume_step is None else "ab", buffering=0)  # noqa: SIM115
             fsync(self.out_dir)
 
@@ -245,7 +264,7 @@ class RunLog:
         self.unwritten += line
         try:
             while self.unwritten:  # unbuffered: a kill may tear this line, but none before it
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) or 0 :]
+                del self.unwritten[: self.file.write(self.unwritten) or 0]
         except OSError as error:
             if not self.disk_is_full:
                 self.disk_is_full = True

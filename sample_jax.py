@@ -136,14 +136,18 @@ def texts_so_far(
     chunks: Iterator[list[list[int]]], prompts: Sequence[list[int]], codec: jax_codec.Codec, stops: Sequence[str]
 ) -> Iterator[list[str]]:
     """The text of each row, prompt included, after every chunk of new ids; ends early where all rows have stopped."""
-    rows = [list(prompt) for prompt in prompts]
+    rows = [list(prompt) for prompt in prompts]  # ids that are not decoded for good
     starts = [len(codec.decode(prompt)) for prompt in prompts]
+    decoded = [""] * len(rows)  # the text before them
     texts, stopped = [""] * len(rows), [False] * len(rows)
 
     def update(ended: bool) -> None:
         for b, ids in enumerate(rows):
             if not stopped[b]:
-                texts[b], stopped[b] = settled(codec.decode(ids), starts[b], stops, ended)
+                text = decoded[b] + codec.decode(ids)
+                texts[b], stopped[b] = settled(text, starts[b], stops, ended)
+                if not text.endswith("\ufffd"):  # else its last character may lack bytes
+                    decoded[b], rows[b] = text, []
 
     for chunk in chunks:
         for ids, new_ids in zip(rows, chunk, strict=True):

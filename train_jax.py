@@ -360,7 +360,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     rows_ABT = utils.abstract_rows(layout, config.block_size, mesh)
     train_step = utils.compile_ahead(  # on a CPU while the model is evaluated for the first time
         utils.compile_train_step(model, optimizer, config.seed, mesh, config.scan_layers),
-        state, rows_ABT, rows_ABT, np.float32(0), np.int32(0),
+        state, rows_ABT, rows_ABT, np.float32(0), np.uint32(0),
     )  # fmt: skip
     own_rows = utils.own_rows(rows, layout.micro_batches, mesh)  # all, unless other processes compute some
     first_step = progress.step
@@ -453,7 +453,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
             except jax_data.DataError as error:  # what was computed before it is good, and is saved first
                 bad_data = error
                 break
-            computing = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.int32(step))
+            computing = compute(train_step.result(), state, *batch, np.float32(lr_at(step)), np.uint32(step))
             report_in_flight()  # the iteration before, while the device computes this one
             state, metrics = computing.result()
             if step == first_step:

@@ -294,9 +294,33 @@ def test_trimming_keeps_what_had_happened_by_the_checkpoint_each_once(tmp_path):
         {"iter": 20, "loss": 3.0},
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in kept + dropped) + '{"iter": 21, "lo')
-    assert trim_metrics(path, 10) == kept
+    assert trim_metrics(path, 10) == 10
     assert path.read_text() == "".join(json.dumps(r) + "\n" for r in kept)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("step", "lines", "evaluated"), [(0, 1, 0), (1, 2, 0), (2, 4, 2), (3, 5, 2), (9, 5, 2)])
+def test_trimming_takes_no_room_as_it_cuts_the_file_where_it_is(tmp_path, step, lines, evaluated):
+    path = tmp_path / "metrics.jsonl"
+    log = [
+        b'{"iter": 0, "train/loss": 4.2, "val/loss": 4.2}\n',
+        b'{"iter": 0,  "loss": 4.2}\n',  # with a blank more than json.dumps would write
+        b'{"iter": 1, "loss": 4.1}\n',
+        b'{"iter": 2, "train/loss": 3.0, "val/loss": 3.1}\n',
+        b'{"iter": 2, "loss": 3.9}\n',
+    ]
+    path.write_bytes(b"".join(log) + b'{"iter": 3, "lo')
+    file = path.stat().st_ino
+    assert trim_metrics(path, step) == evaluated
+    assert path.read_bytes() == b"".join(log[:lines])
+    assert path.stat().st_ino == file
+
+
+def test_a_last_line_without_its_newline_is_ended_when_a_run_goes_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"iter": 0, "loss": 4.0}\n{"iter": 1, "loss": 3.9}')
+    log = make_log(tmp_path, 2)
+    log.iteration(2, 3.8, 1e-3, 1.0, 0.01)
+    assert [r["iter"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_resuming_without_a_metrics_file_starts_one(tmp_path):

@@ -119,6 +119,16 @@ def test_resume_in_the_middle_of_an_epoch_goes_on_with_its_order(run, workdir, f
     assert crops != blocks
 
 
+def test_a_run_goes_on_beyond_two_to_the_31_iterations(run, finished):
+    checkpoints, far = finished / "checkpoints", 2**31 - 2
+    step_dir = max(checkpoints.iterdir(), key=lambda step_dir: int(step_dir.name)).rename(checkpoints / str(far))
+    meta = json.loads((step_dir / META_FILE).read_text())
+    (step_dir / META_FILE).write_text(json.dumps(meta | {"step": far, "evaluated_at": None}))
+    write_manifest(step_dir)
+    run("train_jax.py", "--init_from=resume", f"--out_dir={finished}", f"--max_iters={far + 4}")
+    assert [record["iter"] for record in metrics(finished) if "loss" in record][-4:] == [*range(far, far + 4)]
+
+
 def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_one_never_stopped(run, workdir, environment):
     run("train_jax.py", "tiny.py", "--out_dir=straight", "--max_iters=400", "--eval_interval=1000")
     process = start(workdir, environment, "tiny.py", "--max_iters=400", "--eval_interval=1000")
