@@ -132,13 +132,8 @@ def wait_for(moment: str, process: subprocess.Popen[bytes], out_dir: Path, rng: 
     if moment == "start":
         time.sleep(rng.uniform(0.0, 4.0))
         return
-    goal = last_iteration(out_dir) + 1 + rng.randrange(share)
-    before = (out_dir / "metrics.jsonl").stat().st_ino if (out_dir / "metrics.jsonl").exists() else None
-    while process.poll() is None:
-        # resuming replaces the log: what is in the old one says nothing about this process
-        trimmed = before is None or (out_dir / "metrics.jsonl").stat().st_ino != before
-        if trimmed and last_iteration(out_dir) >= goal:
-            break
+    goal = last_iteration(out_dir) + 1 + rng.randrange(share)  # further than the log of the processes before
+    while process.poll() is None and last_iteration(out_dir) < goal:
         time.sleep(0.002)
     while moment == "save" and process.poll() is None and not save_under_way(out_dir):
         pass
