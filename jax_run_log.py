@@ -115,7 +115,8 @@ def trim_metrics(path: Path, step: int) -> int | None:
         before = at
         if at < (step, True):
             size += len(line)
-            newest_evaluation = newest_evaluation if at[1] else record["iter"]
+            if "val/loss" in record:
+                newest_evaluation = max(record["iter"], newest_evaluation or 0)
     if in_order:  # what stays is where it is, so that a full disk is no hindrance
         with open(path, "r+b") as file:
             file.truncate(size)
