@@ -3,6 +3,7 @@
 python -m pytest tests/test_run_log.py
 """
 
+import errno
 import io
 import json
 import math
@@ -314,6 +315,19 @@ def test_trimming_takes_no_room_as_it_cuts_the_file_where_it_is(tmp_path, step, 
     assert trim_metrics(path, step) == evaluated
     assert path.read_bytes() == b"".join(log[:lines])
     assert path.stat().st_ino == file
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write, which does not know the name
+
+    monkeypatch.setattr(jax_run_log.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/config\.json'"):
+        jax_run_log.replace_file(path, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config.json", "old")]
 
 
 def test_a_last_line_without_its_newline_is_ended_when_a_run_goes_on(tmp_path):
