@@ -69,7 +69,7 @@ def _register(library: Path) -> None:
 
 
 def _call(name: str, results, *arrays: jax.Array, overwritten: dict[int, int] | None = None):
-    """overwritten: the numbers of arguments whose memory results may take over, and which results."""
+    """overwritten: number of an argument -> number of the result that may take over its memory."""
     call = jax.ffi.ffi_call(f"nanogpt_jax.{name}", results, vmap_method="sequential", input_output_aliases=overwritten)
     return call(*arrays)
 

@@ -73,6 +73,24 @@ def check_options(config: Any, sources: dict[str, str]) -> None:
         print(f"note: min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate will rise")
 
 
+def print_options(config: Any, sources: dict[str, str], resumed: bool) -> None:
+    """The options as a config file, with where each came from; those that weights will decide as comments."""
+    labels = dict.fromkeys(NEVER_INHERITED, "default") | sources
+    of_weights = set[str]()
+    if config.init_from not in ("scratch", "resume"):
+        of_weights = set(MODEL_SHAPE) - sources.keys()
+        labels |= dict.fromkeys(of_weights, f"default; {config.init_from} decides")
+    config = dataclasses.replace(config, print_config=False)  # what is printed is a config file
+    configurator.print_sources(config, labels, "the checkpoint" if resumed else "default", of_weights)
+
+
+def memory_of_a_step(config: Any, vocab_size: int) -> int:
+    """About how many bytes a step takes in float32: weights, gradient, two averages, and what is kept of its tokens."""
+    weights = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    tokens = config.batch_size * config.block_size
+    return 4 * (4 * weights + 16 * config.n_layer * config.n_embd * tokens)
+
+
 def note_what_means_nothing(sources: dict[str, str]) -> None:
     """A line for each of nanoGPT's options that is taken and has no meaning here."""
     for key in ("compile", "backend"):

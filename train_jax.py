@@ -161,13 +161,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
         meta = jax_run_dir.read_meta(step_dir)
         config, sources = jax_options.inherit_options(TrainConfig(), step_dir, meta)
     if config.print_config:
-        labels = dict.fromkeys(jax_options.NEVER_INHERITED, "default") | sources
-        of_weights = set[str]()
-        if config.init_from not in ("scratch", "resume"):
-            of_weights = set(jax_options.MODEL_SHAPE) - sources.keys()
-            labels |= dict.fromkeys(of_weights, f"default; {config.init_from} decides")
-        config = dataclasses.replace(config, print_config=False)  # what is printed is a config file
-        configurator.print_sources(config, labels, "default" if meta is None else "the checkpoint", of_weights)
+        jax_options.print_options(config, sources, resumed=meta is not None)
         return 0
     jax_options.check_options(config, sources)
     weights = None
@@ -191,10 +185,7 @@ def main(processes: jax_processes.Processes = jax_processes.ALONE) -> int:
     kind = config.device.partition(":")[0]
     if kind in ("cpu", "mps") or (kind == "auto" and shutil.which("nvidia-smi") is None):
         jax_host_memory.keep_freed_memory()
-        # Numbers: weights, their gradient, two averages; and what a step keeps of its tokens.
-        numbers = 4 * config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
-        numbers += 16 * config.n_layer * config.n_embd * config.batch_size * config.block_size
-        if numbers < 2**26:  # 256 MB
+        if jax_options.memory_of_a_step(config, vocab_size) < 2**28:
             jax_host_memory.no_huge_pages()
         jax_cpu_library.begin(jax_cpu_library.cache_folder)  # by a compiler that has a core to itself until JAX is here
 
